@@ -1,0 +1,75 @@
+"""Every failure a user can cause or meet, as a type with one sentence that names the fix.
+
+`UsageError` is raised before any work starts (exit code 2); every other `EmoSelectError` stops work that
+had begun and leaves a resumable state (exit code 1).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EmoSelectError(Exception):
+    """Root of all errors of this package. `str(error)` is one sentence for the user."""
+
+    exit_code = 1
+
+
+class UsageError(EmoSelectError):
+    """The request cannot be carried out as given; nothing was started."""
+
+    exit_code = 2
+
+
+class SpecError(UsageError):
+    """A run, sweep or option value is not valid."""
+
+
+class UnknownNameError(UsageError):
+    """A model, task, method, metric or key that does not exist."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        super().__init__(f"Unknown {kind} {name!r}{nearest(name, known)}{'; ' + hint if hint else ''}.")
+
+
+class ModelError(UsageError):
+    """A model cannot be used for what was asked."""
+
+
+class CheckpointError(UsageError):
+    """Files of a checkpoint are missing, truncated or do not fit each other."""
+
+
+class KeepKError(UsageError):
+    """A keep-k that the model cannot satisfy."""
+
+
+class TaskError(UsageError):
+    """A task definition or a row of its data is not valid."""
+
+
+class DataMissingError(UsageError):
+    """A dataset is not available locally; the message names the command that fetches it."""
+
+
+class DiskSpaceError(UsageError):
+    """The output would not fit on its disk."""
+
+
+class LockedError(UsageError):
+    """Another process is working on the same run directory."""
+
+
+class NumericError(EmoSelectError):
+    """NaN or infinity in weights, scores or losses."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Name up to three known spellings close to `name`, as a clause to append to a sentence."""
+    options = sorted(set(known))
+    close = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
+    if close:
+        return "; did you mean " + " or ".join(map(repr, close))
+    shown = ", ".join(options[:12]) + (", …" if len(options) > 12 else "")
+    return f"; known: {shown}" if options else ""
