@@ -30,7 +30,7 @@ class UnknownNameError(UsageError):
     """A model, task, method, metric or key that does not exist."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
-        super().__init__(f"Unknown {kind} {name!r}{nearest(name, known)}{'; ' + hint if hint else ''}.")
+        super().__init__(f"Unknown {kind} {name!r}; {hint or nearest(name, known)}")
 
 
 class ModelError(UsageError):
@@ -66,10 +66,9 @@ class NumericError(EmoSelectError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Name up to three known spellings close to `name`, as a clause to append to a sentence."""
+    """The known spellings close to `name` as a question, else the known names, as the end of a sentence."""
     options = sorted(set(known))
     close = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
     if close:
-        return "; did you mean " + " or ".join(map(repr, close))
-    shown = ", ".join(options[:12]) + (", …" if len(options) > 12 else "")
-    return f"; known: {shown}" if options else ""
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    return "known: " + ", ".join(options[:12]) + (", …" if len(options) > 12 else ".")

@@ -1,0 +1,254 @@
+"""Where everything lies on disk, and how it gets there whole.
+
+No other module knows a file name of the run tree. Every output appears by one rename: a reader sees the old file,
+the new file or none, never a part. Directories grow in a hidden `.NAME.partial` beside their place, which survives
+a crash so that the stage that writes it can continue.
+
+    <root>/<model>/activations/<task>…/       scores.safetensors, scores.json
+    <root>/<model>/<run>/                     run.json, selection.json, selected_model/,
+                                              finetuned_model/checkpoint-N/, results/checkpoint-N/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emo_select.errors import CheckpointError, DiskSpaceError, LockedError, SpecError
+from emo_select.spec import RunSpec, parse_directory_name
+
+DEFAULT_ROOT = "selective_evals_final"
+ROOT_VARIABLE = "EMO_SELECT_OUTPUT_DIR"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of one run directory."""
+
+    directory: Path
+
+    @property
+    def record(self) -> Path:
+        """The resolved spec and one completion record per stage."""
+        return self.directory / "run.json"
+
+    @property
+    def selection(self) -> Path:
+        """The keep set."""
+        return self.directory / "selection.json"
+
+    @property
+    def selected_model(self) -> Path:
+        """The pruned checkpoint."""
+        return self.directory / "selected_model"
+
+    @property
+    def finetuned_model(self) -> Path:
+        """Parent of the finetuned checkpoints."""
+        return self.directory / "finetuned_model"
+
+    @property
+    def results(self) -> Path:
+        """Parent of the result files, one folder per checkpoint."""
+        return self.directory / "results"
+
+    def checkpoint(self, step: int) -> Path:
+        """Finetuned checkpoint after `step` optimiser steps; 0 is the pruned model."""
+        return self.finetuned_model / f"checkpoint-{step}"
+
+    def result(self, step: int) -> Path:
+        """Result files of one checkpoint."""
+        return self.results / f"checkpoint-{step}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the finetuned checkpoints that exist, ascending."""
+        return numbered_checkpoints(self.finetuned_model)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A root that holds one folder per model."""
+
+    root: Path
+
+    @classmethod
+    def at(cls, root: str | Path | None = None) -> Tree:
+        """The tree at `root`, else at EMO_SELECT_OUTPUT_DIR, else at ./selective_evals_final."""
+        return cls(Path(root or os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT))
+
+    def run(self, spec: RunSpec) -> RunPaths:
+        """Paths of the run that `spec` names."""
+        return RunPaths(self.root / spec.model_directory / spec.directory_name)
+
+    def activations(self, spec: RunSpec) -> Path:
+        """Folder of the calibration statistics that `spec` uses."""
+        return self.root / spec.model_directory / "activations" / spec.activations_name
+
+    def runs(self) -> Iterator[RunPaths]:
+        """Every run directory below the root, by model and name."""
+        if not self.root.is_dir():
+            return
+        for model in sorted(path for path in self.root.iterdir() if path.is_dir()):
+            for folder in sorted(model.iterdir()):
+                if folder.is_dir() and parse_directory_name(folder.name):
+                    yield RunPaths(folder)
+
+    def require_writable(self) -> None:
+        """Raise `SpecError` where the root cannot be created or written."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise SpecError(
+                f"Cannot write to the output directory {self.root} ({error.strerror}); "
+                f"choose another with --output-dir or {ROOT_VARIABLE}."
+            ) from None
+
+
+def numbered_checkpoints(folder: Path) -> list[int]:
+    """The N of every `checkpoint-N` folder in `folder`, ascending."""
+    if not folder.is_dir():
+        return []
+    found = (_CHECKPOINT.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise `DiskSpaceError` unless the disk of `folder` has room for `needed` bytes of `what`."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DiskSpaceError(
+            f"{what} needs {needed / 1e9:.2f} GB but {existing} has {free / 1e9:.2f} GB free; "
+            "free some space or choose another --output-dir."
+        )
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file by rename: after a crash it holds the old content, the new content or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON by rename, readable and with a final newline."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a missing or damaged file becomes a `CheckpointError` that names it."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); delete it so that it is made again.") from None
+
+
+@contextmanager
+def staged_directory(final: Path, key: str) -> Iterator[Path]:
+    """Build `final` in a hidden sibling and publish it by rename when the body succeeds.
+
+    The sibling outlives a crash: the next call with the same `key` continues in it, another key starts empty.
+    An older `final` is replaced as a whole. An exception in the body publishes nothing.
+    """
+    partial, key_file = partial_directory(final), final.with_name(f".{final.name}.key")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if not key_file.exists() or key_file.read_text() != key:
+        shutil.rmtree(partial, ignore_errors=True)
+        write_bytes(key_file, key.encode())
+    partial.mkdir(exist_ok=True)
+    yield partial
+    publish(partial, final)
+    key_file.unlink(missing_ok=True)
+
+
+def partial_directory(final: Path) -> Path:
+    """Where `staged_directory` builds `final`."""
+    return final.with_name(f".{final.name}.partial")
+
+
+def publish(ready: Path, final: Path) -> None:
+    """Flush a finished directory and rename it to `final`, replacing what stood there."""
+    for path in ready.rglob("*"):
+        if path.is_file():
+            _flush(path)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    ready.rename(final)
+    _flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Mirror a directory by hard links, copying only where the disk cannot link."""
+    shutil.copytree(source, target, copy_function=_link_or_copy, dirs_exist_ok=True)
+
+
+@contextmanager
+def exclusive(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of `folder`; the kernel releases it when the process ends, however it ends.
+
+    Raises `LockedError` naming the holder when another process has it, unless `wait`.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = folder / ".lock-holder.json"
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise LockedError(f"{folder} is in use by {_holder(holder)}; wait for it to end.") from None
+    try:
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        seen = json.loads(path.read_bytes())
+        return f"process {seen['pid']} on {seen['host']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(Path(source).resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
