@@ -1,0 +1,211 @@
+"""A checkpoint on disk, opened by its headers alone; tensors, or some of their rows, are read when asked for.
+
+Reads go through `pread` into memory of their own, not through a memory map: a page that was mapped stays in the
+process's resident set until the map goes, and a shard cut short while mapped kills the process with SIGBUS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from emo_select.checkpoint.header import DTYPES, TensorInfo, read_header
+from emo_select.checkpoint.sources import resolve
+from emo_select.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SAMPLES_PER_SHARD, SAMPLE_BYTES = 64, 4096
+MAX_READ = 1 << 30  # one pread never returns more than 2 GiB
+
+
+def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open a local folder, a Hub id or `demo/NAME`; every header is checked against its file's size.
+
+    Raises:
+        ModelError: the source does not exist. CheckpointError: a file is missing, truncated or inconsistent.
+    """
+    directory = resolve(str(source), revision)
+    return Checkpoint(directory, read_config(directory), _read_headers(directory))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The folder's config.json."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no config.json, so it is not a checkpoint.") from None
+    except ValueError:
+        raise CheckpointError(f"{path} is not valid JSON; download or save it again.") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object; download or save it again.")
+    return config
+
+
+class Checkpoint:
+    """Read-only view of a checkpoint folder. Safe to read from several threads.
+
+    Attributes:
+        directory: the folder, after resolving ids.
+        config: config.json as a dict.
+        tensors: name → `TensorInfo`, in shard and file order.
+    """
+
+    def __init__(self, directory: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+        self.directory, self.config, self.tensors = directory, config, tensors
+        self._files: dict[str, int] = {}
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.bytes for info in self.tensors.values())
+
+    @property
+    def shards(self) -> list[str]:
+        """Shard file names in order of first use."""
+        return list(dict.fromkeys(info.shard for info in self.tensors.values()))
+
+    def info(self, name: str) -> TensorInfo:
+        """The tensor's entry; CheckpointError if there is none."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.directory} has no tensor {name}; its config.json does not fit its weights.")
+        return self.tensors[name]
+
+    def read(self, name: str, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """The tensor (or its `rows` along axis 0, in that order) on the CPU in its stored dtype, own memory."""
+        import torch
+
+        info = self.info(name)
+        shape = info.shape if rows is None else (len(rows), *info.shape[1:])
+        out = torch.empty(shape, dtype=getattr(torch, DTYPES[info.dtype][1]))
+        self.read_into(name, out, rows)
+        return out
+
+    def read_into(self, name: str, out: torch.Tensor, rows: Sequence[int] | None = None) -> None:
+        """Read the tensor's bytes (or `rows` of it) into `out`: contiguous, on the CPU, of the stored dtype."""
+        import torch
+
+        info = self.info(name)
+        if not out.is_contiguous() or str(out.dtype) != f"torch.{DTYPES[info.dtype][1]}":
+            raise ValueError(f"{name} is stored as {info.dtype}; cannot read it into {out.dtype} {tuple(out.shape)}")
+        self.read_bytes_into(name, memoryview(out.view(-1).view(torch.uint8).numpy()), rows)
+
+    def read_bytes_into(self, name: str, buffer: memoryview, rows: Sequence[int] | None = None) -> None:
+        """Fill `buffer` with the tensor's raw bytes, or with those of `rows`; sizes must agree."""
+        at = 0
+        for offset, count in self.ranges(name, rows):
+            if at + count > len(buffer):
+                raise ValueError(f"{name} does not fit the buffer of {len(buffer)} bytes")
+            self._fill(self.tensors[name].shard, buffer[at:at + count], offset)
+            at += count
+        if at != len(buffer):
+            raise ValueError(f"{name} has {at} bytes, the buffer {len(buffer)}")
+
+    def ranges(self, name: str, rows: Sequence[int] | None = None) -> Iterator[tuple[int, int]]:
+        """(offset in the shard file, bytes) of the tensor or of runs of consecutive `rows`."""
+        info = self.info(name)
+        if rows is None:
+            yield info.offset, info.bytes
+            return
+        if rows and not (0 <= min(rows) and max(rows) < info.shape[0]):
+            raise IndexError(f"{name} has {info.shape[0]} rows")
+        for first, length in runs(rows):
+            yield info.offset + first * info.row_bytes, length * info.row_bytes
+
+    def file(self, shard: str) -> int:
+        """File descriptor of a shard, opened once, closed with the checkpoint."""
+        if shard not in self._files:
+            self._files[shard] = os.open(self.directory / shard, os.O_RDONLY)
+        return self._files[shard]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over the config, all headers and bytes sampled evenly from every shard."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, info in self.tensors.items():
+            digest.update(f"{name}|{info.dtype}|{info.shape}\n".encode())
+        for shard in self.shards:
+            digest.update(self._samples(shard))
+        return digest.hexdigest()
+
+    def _samples(self, shard: str) -> bytes:
+        size = os.fstat(self.file(shard)).st_size
+        step = max(1, size // SAMPLES_PER_SHARD)
+        return b"".join(os.pread(self.file(shard), SAMPLE_BYTES, at) for at in range(0, size, step))
+
+    def _fill(self, shard: str, buffer: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self.file(shard), [buffer[done:done + MAX_READ]], offset + done)
+            if count == 0:
+                raise CheckpointError(f"Shard {shard} in {self.directory} became shorter while it was being read.")
+            done += count
+
+    def close(self) -> None:
+        """Close the shard files; reading again reopens them."""
+        files, self._files = self._files, {}
+        for descriptor in files.values():
+            os.close(descriptor)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+                 ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first, length) of maximal runs of consecutive numbers, in order: [3, 4, 5, 9] → (3, 3), (9, 1)."""
+    start = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[i - 1] + 1:
+            yield rows[start], i - start
+            start = i
+
+
+def _read_headers(directory: Path) -> dict[str, TensorInfo]:
+    if (directory / SINGLE).exists():
+        return read_header(directory / SINGLE)
+    if (directory / INDEX).exists():
+        return _read_indexed(directory)
+    raise CheckpointError(f"{directory} has no {SINGLE} and no {INDEX}; only safetensors checkpoints can be read.")
+
+
+def _read_indexed(directory: Path) -> dict[str, TensorInfo]:
+    weight_map = _read_weight_map(directory / INDEX)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in dict.fromkeys(weight_map.values()):
+        header = read_header(directory / shard)
+        twice = header.keys() & tensors.keys()
+        if twice:
+            raise CheckpointError(f"{min(twice)} is in two shards of {directory}: {tensors[min(twice)].shard}, {shard}.")
+        tensors.update(header)
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].shard != shard:
+            raise CheckpointError(f"{INDEX} in {directory} says that {shard} holds {name}, but it does not.")
+    return tensors
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards = set(weight_map.values())
+        if not all(isinstance(shard, str) and shard == os.path.basename(shard) and shard for shard in shards):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path} is not a valid index; download or save it again.") from None
+    return dict(weight_map)

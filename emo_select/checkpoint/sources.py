@@ -1,0 +1,72 @@
+"""From what a user typed to a folder: a local path, `demo/NAME`, or a Hub id."""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files
+from pathlib import Path
+
+from emo_select.errors import ModelError, nearest
+
+PUBLISHED = (
+    "allenai/Emo_1b14b_1T", "allenai/StdMoE_1b14b_1T", "allenai/Emo_1b14b_130B", "allenai/StdMoE_1b14b_130B",
+    "allenai/StdMoE_1b4b_130B", "allenai/Dense_1b_130B", "allenai/StdMoE_1b14b_1T_Preanneal",
+    "allenai/StdMoE_1b14b_1T_EmoAnnealed",
+)
+# Remote code is left out on purpose: nothing here runs it.
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def resolve(source: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: `demo/NAME` → shipped data, an existing folder → itself, else a Hub id.
+
+    A Hub id is taken from the cache or downloaded (config, safetensors, tokenizer; never code).
+
+    Raises:
+        ModelError: nothing of that name, with near matches.
+    """
+    if source.startswith("demo/"):
+        return _demo(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if _looks_like_path(source):
+        raise ModelError(f"There is no folder {source!r}; give a checkpoint folder, a Hub id or demo/NAME.")
+    return _snapshot(source, revision)
+
+
+def demo_names() -> list[str]:
+    """Names of the shipped demo models, `demo/…`."""
+    root = _demo_root()
+    return sorted(f"demo/{path.name}" for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+
+
+def _demo_root() -> Path:
+    return Path(str(files("emo_select"))) / "demo" / "models"
+
+
+def _demo(source: str) -> Path:
+    if source not in demo_names():
+        raise ModelError(f"Unknown model {source!r}{nearest(source, demo_names())}.")
+    return _demo_root() / source.removeprefix("demo/")
+
+
+def _looks_like_path(source: str) -> bool:
+    return source.startswith((".", "~", os.sep)) or source.count("/") != 1 or os.path.exists(source)
+
+
+def _snapshot(source: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    near = nearest(source, (*PUBLISHED, *demo_names()))
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(HUB_FILES)))
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ModelError(f"Unknown model {source!r}{near}.") from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{source} has no revision {revision!r}.") from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"{source} is neither a folder nor in the Hub cache, and the Hub cannot be reached "
+                         f"({type(error).__name__}); download it first or check the name{near}.") from None
