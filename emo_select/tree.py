@@ -43,6 +43,11 @@ class RunPaths:
         return self.directory / "run.json"
 
     @property
+    def lock(self) -> Path:
+        """Held by the one process that works on the run."""
+        return self.directory / ".lock"
+
+    @property
     def selection(self) -> Path:
         """The keep set."""
         return self.directory / "selection.json"
@@ -93,6 +98,11 @@ class Tree:
     def activations(self, spec: RunSpec) -> Path:
         """Folder of the calibration statistics that `spec` uses."""
         return self.root / spec.model_directory / "activations" / spec.activations_name
+
+    def activations_lock(self, spec: RunSpec) -> Path:
+        """Held by the one process that collects those statistics."""
+        folder = self.activations(spec)
+        return folder.with_name(f".{folder.name}.lock")
 
     def runs(self) -> Iterator[RunPaths]:
         """Every run directory below the root, by model and name."""
@@ -208,26 +218,26 @@ def link_tree(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def exclusive(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of `folder`; the kernel releases it when the process ends, however it ends.
+def exclusive(lock: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the file lock `lock`; the kernel releases it when the process ends, however it ends.
 
     Raises `LockedError` naming the holder when another process has it, unless `wait`.
     """
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
-    holder = folder / ".lock-holder.json"
-    lock = FileLock(folder / ".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    holder = lock.with_name(f"{lock.name}.holder")
+    held = FileLock(lock)
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        held.acquire(timeout=-1 if wait else 0)
     except Timeout:
-        raise LockedError(f"{folder} is in use by {_holder(holder)}; wait for it to end.") from None
+        raise LockedError(f"{lock.parent} is in use by {_holder(holder)}; wait for it to end.") from None
     try:
         write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
         yield
     finally:
         holder.unlink(missing_ok=True)
-        lock.release()
+        held.release()
 
 
 def _holder(path: Path) -> str:

@@ -1,0 +1,77 @@
+"""The `emo-select` program: options before the command, the commands, and how errors reach a person."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from emo_select import progress
+from emo_select.errors import EmoSelectError
+
+# Order of the groups in --help; each module has `register(app)`.
+GROUPS = ("run", "select", "prune", "finetune", "evaluate", "table", "sweep", "tasks", "pretrain", "info")
+
+app = typer.Typer(
+    name="emo-select",
+    help="Keep only the experts of a Mixture-of-Experts model that a task uses, and measure what remains.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class _Shown:
+    traceback = False
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C or SIGTERM: no error, and nothing that a library's `except Exception` may swallow."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+
+@app.callback()
+def options(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what libraries say.")] = False,
+    show_traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False,
+) -> None:
+    """Options that go before the command."""
+    progress.configure(quiet=quiet)
+    _Shown.traceback = show_traceback
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(message)s")
+
+
+def main() -> None:
+    """Run the program; errors of ours become one sentence on stderr and an exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        app()
+    except EmoSelectError as error:
+        if _Shown.traceback:
+            traceback.print_exc()
+        progress.console().print(f"Error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(error.exit_code) from None
+    except _Interrupted as interrupted:
+        progress.say("Stopped. What was finished is kept; run the same command again to go on.")
+        raise SystemExit(128 + interrupted.signum) from None
+    except BrokenPipeError:
+        raise SystemExit(141) from None
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise _Interrupted(signum)  # unwinds the stack, so that files and locks are left in order
+
+
+for _group in GROUPS:
+    importlib.import_module(f"emo_select.cli.{_group}").register(app)

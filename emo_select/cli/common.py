@@ -1,0 +1,47 @@
+"""Options that several commands share, defined once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+RUN, CALIBRATE, TRAIN, SCORE, MACHINE, OUTPUT = "Run", "Calibration", "Finetuning", "Evaluation", "Machine", "Output"
+
+Models = Annotated[list[str], typer.Option("--model", "-m", help="Hub id, folder or demo/NAME.", rich_help_panel=RUN)]
+Tasks = Annotated[list[str], typer.Option("--task", "-t", help="Task or group; see `emo-select tasks`.",
+                                          rich_help_panel=RUN)]
+KeepKs = Annotated[list[str], typer.Option(
+    "--keep-k", "-k", help="Experts kept per layer, shared ones included: 16, 12.5% or full.", rich_help_panel=RUN)]
+Methods = Annotated[list[str], typer.Option(
+    "--method", help="layerwise, easy_ep, random, global, frequency, gate_mass, ean or reap.", rich_help_panel=RUN)]
+OutputDir = Annotated[str | None, typer.Option(
+    "--output-dir", "-o", envvar="EMO_SELECT_OUTPUT_DIR", show_default="selective_evals_final",
+    help="Root of the run tree.", rich_help_panel=OUTPUT)]
+DataDir = Annotated[str | None, typer.Option(
+    "--data-dir", envvar="EMO_SELECT_DATA_DIR", help="Folder of datasets for machines without network.",
+    rich_help_panel=MACHINE)]
+NumExamples = Annotated[int | None, typer.Option("--num-examples", "-n", min=1, show_default="all",
+                                                 help="Calibration texts to draw.", rich_help_panel=CALIBRATE)]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of that draw, and of random selection.",
+                                   rich_help_panel=CALIBRATE)]
+NumShots = Annotated[int | None, typer.Option("--num-shots", min=0, show_default="the task's",
+                                              help="Few-shot examples in calibration texts.",
+                                              rich_help_panel=CALIBRATE)]
+CalibrationFile = Annotated[str | None, typer.Option(
+    "--calibration", help="Own texts: .jsonl, .txt or .parquet.", rich_help_panel=CALIBRATE)]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=MACHINE)]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (bfloat16 on a GPU, else float32), float32, bfloat16.",
+                                    rich_help_panel=MACHINE)]
+TrustRemoteCode = Annotated[bool, typer.Option(
+    "--trust-remote-code", help="Run code that a checkpoint brings along.", rich_help_panel=MACHINE)]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.", rich_help_panel=OUTPUT)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.", rich_help_panel=OUTPUT)]
+
+
+def emit(value: Any) -> None:
+    """Write a result as JSON to stdout."""
+    json.dump(value, sys.stdout, indent=1, ensure_ascii=False, default=str)
+    sys.stdout.write("\n")
