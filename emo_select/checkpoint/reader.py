@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SAMPLES_PER_SHARD, SAMPLE_BYTES = 64, 4096
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 MAX_READ = 1 << 30  # one pread never returns more than 2 GiB
 
 
@@ -75,6 +77,15 @@ class Checkpoint:
         """Shard file names in order of first use."""
         return list(dict.fromkeys(info.shard for info in self.tensors.values()))
 
+    @cached_property
+    def layers(self) -> dict[int, list[str]]:
+        """Names of the tensors of each decoder layer (`model.layers.<layer>.…`)."""
+        names: dict[int, list[str]] = {}
+        for name in self.tensors:
+            if match := LAYER.match(name):
+                names.setdefault(int(match[1]), []).append(name)
+        return names
+
     def info(self, name: str) -> TensorInfo:
         """The tensor's entry; CheckpointError if there is none."""
         if name not in self.tensors:
@@ -98,7 +109,7 @@ class Checkpoint:
         info = self.info(name)
         if not out.is_contiguous() or str(out.dtype) != f"torch.{DTYPES[info.dtype][1]}":
             raise ValueError(f"{name} is stored as {info.dtype}; cannot read it into {out.dtype} {tuple(out.shape)}")
-        self.read_bytes_into(name, memoryview(out.view(-1).view(torch.uint8).numpy()), rows)
+        self.read_bytes_into(name, out.view(-1).view(torch.uint8).numpy().data, rows)
 
     def read_bytes_into(self, name: str, buffer: memoryview, rows: Sequence[int] | None = None) -> None:
         """Fill `buffer` with the tensor's raw bytes, or with those of `rows`; sizes must agree."""
@@ -117,7 +128,7 @@ class Checkpoint:
         if rows is None:
             yield info.offset, info.bytes
             return
-        if rows and not (0 <= min(rows) and max(rows) < info.shape[0]):
+        if rows and not (min(rows) >= 0 and max(rows) < info.shape[0]):
             raise IndexError(f"{name} has {info.shape[0]} rows")
         for first, length in runs(rows):
             yield info.offset + first * info.row_bytes, length * info.row_bytes
@@ -192,7 +203,8 @@ def _read_indexed(directory: Path) -> dict[str, TensorInfo]:
         header = read_header(directory / shard)
         twice = header.keys() & tensors.keys()
         if twice:
-            raise CheckpointError(f"{min(twice)} is in two shards of {directory}: {tensors[min(twice)].shard}, {shard}.")
+            raise CheckpointError(f"{min(twice)} is in two shards of {directory}, "
+                                  f"{tensors[min(twice)].shard} and {shard}.")
         tensors.update(header)
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].shard != shard:
@@ -204,7 +216,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = set(weight_map.values())
-        if not all(isinstance(shard, str) and shard == os.path.basename(shard) and shard for shard in shards):
+        if not all(isinstance(shard, str) and shard == Path(shard).name and shard for shard in shards):
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path} is not a valid index; download or save it again.") from None

@@ -52,13 +52,17 @@ def _demo(source: str) -> Path:
 
 
 def _looks_like_path(source: str) -> bool:
-    return source.startswith((".", "~", os.sep)) or source.count("/") != 1 or os.path.exists(source)
+    return source.startswith((".", "~", os.sep)) or source.count("/") != 1 or Path(source).exists()
 
 
 def _snapshot(source: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-    from huggingface_hub.errors import RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     near = nearest(source, (*PUBLISHED, *demo_names()))
     try:

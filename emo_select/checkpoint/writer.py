@@ -93,7 +93,7 @@ class ShardedWriter:
             raise CheckpointError(f"{name} was planned as {spec.dtype} {list(spec.shape)}, but is {tensor.dtype} "
                                   f"{list(tensor.shape)}.")
         flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        self.write_bytes(name, [memoryview(flat.numpy())])
+        self.write_bytes(name, [flat.numpy().data])
 
     def write_bytes(self, name: str, pieces: Iterable[memoryview]) -> None:
         """Write one tensor's raw little-endian bytes, given in order in any number of pieces."""
@@ -163,7 +163,7 @@ class ShardedWriter:
         os.fsync(descriptor)
         os.close(descriptor)
         del self._files[shard], self._pending[shard]
-        os.replace(self._partial(shard), self.directory / shard)
+        self._partial(shard).replace(self.directory / shard)
 
 
 def _write_all(descriptor: int, data: memoryview, at: int) -> None:
