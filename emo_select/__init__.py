@@ -6,6 +6,8 @@ The names below load on first use, so that importing the package (and every `--h
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from emo_select.models.registration import install as _register_with_transformers
+
 if TYPE_CHECKING:
     from emo_select.spec import RunSpec as RunSpec
 
@@ -21,3 +23,6 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_register_with_transformers()  # takes effect when transformers' Auto classes are imported

@@ -47,8 +47,8 @@ def load_balancing_loss(
         token_mask: (B, S) with B·S = T; tokens that count, the labels ≠ -100 or the attention mask.
         num_items: divides the counts; by default the number of tokens in the mask.
 
-    count_e sums over the tokens of the mask, probability_e averages over them. Without a mask the counts are
-    averaged as well before the division by the token number, as the published code does.
+    count_e sums over the tokens of the mask, probability_e averages over them. Without a mask the counts
+    are divided by the number of choices twice, as in the published code, which puts the loss on another scale.
     """
     mask = None if token_mask is None else token_mask.reshape(-1).to(torch.float32)
     parts = [_layer_loss(logits, part, config.num_experts_per_tok, mask, num_items)
@@ -70,7 +70,7 @@ def _layer_loss(
     counts = probabilities.new_zeros(experts).index_add(0, chosen.reshape(-1), weights.repeat_interleave(top_k))
     mean_probability = (probabilities * weights[:, None]).sum(dim=0) / tokens
     if mask is None:
-        counts = counts / tokens
+        counts = counts / (tokens * top_k)
     items = tokens if num_items is None else num_items
     return (counts * mean_probability).sum() * experts / (items * top_k)
 

@@ -92,7 +92,7 @@ class EmoConfig(_PublishedKeys, PreTrainedConfig):
         """Indices of the layers that have experts."""
         return [layer for layer in range(self.num_hidden_layers) if self.experts_in(layer) > 0]
 
-    def validate_experts(self) -> None:
+    def check_experts(self) -> None:
         """Refuse counts that contradict each other.
 
         Raises:

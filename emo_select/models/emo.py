@@ -51,7 +51,7 @@ class EmoDenseMLP(nn.Module):
 
     def __init__(self, config: EmoConfig) -> None:
         super().__init__()
-        assert config.dense_intermediate_size is not None  # EmoConfig.validate_experts
+        assert config.dense_intermediate_size is not None  # EmoConfig.check_experts
         width, bias = config.dense_intermediate_size, config.dense_mlp_bias
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=bias)
@@ -143,10 +143,10 @@ class EmoExperts(nn.Module):
         output = torch.zeros_like(hidden)
         # unbind gives one stacked gradient; indexing would add a zero-filled full-size one per expert
         gate_up, down = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
-        for expert in index.unique().tolist():
+        for expert in torch.unique(index).tolist():
             token, slot = torch.where(index == expert)
-            inner = self._apply_gate(F.linear(hidden[token], gate_up[expert]))
-            outer = F.linear(inner, down[expert]) * weights[token, slot, None]
+            gate, up = F.linear(hidden[token], gate_up[expert]).chunk(2, dim=-1)
+            outer = F.linear(self.act_fn(gate) * up, down[expert]) * weights[token, slot, None]
             output.index_add_(0, token, outer.to(output.dtype))
         return output
 
@@ -226,6 +226,13 @@ class EmoPreTrainedModel(PreTrainedModel):
         "attentions": EmoAttention,
     }
 
+    def _grouped_mm_can_dispatch(self) -> bool:
+        # torch refuses rows that are not a multiple of 16 bytes (8 elements of bfloat16); transformers then takes eager
+        if self.config.hidden_size % 8 or self.config.intermediate_size % 8:
+            raise ValueError("experts_implementation grouped_mm needs hidden_size and intermediate_size to be "
+                             "multiples of 8; use eager or batched_mm.")
+        return bool(super()._grouped_mm_can_dispatch())
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -241,7 +248,7 @@ class EmoModel(EmoPreTrainedModel):
 
     def __init__(self, config: EmoConfig) -> None:
         super().__init__(config)
-        config.validate_experts()
+        config.check_experts()
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(EmoDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
@@ -273,7 +280,7 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
