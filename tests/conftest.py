@@ -1,0 +1,32 @@
+"""Shared set-up: one thread, no network, and where the golden data lies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported anywhere
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Reference numbers kept in the repository."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Larger reference data beside the repository (task examples, datasets); tests that need it skip without it."""
+    directory = ROOT.parent / "shared"
+    if not directory.is_dir():
+        pytest.skip(f"needs the reference data in {directory}, which is not part of the repository")
+    return directory
