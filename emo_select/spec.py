@@ -121,6 +121,8 @@ class Execution(Frozen):
     trust_remote_code: bool = False
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     gradient_checkpointing: bool = True
+    master_weights: bool = True
+    """Finetuning in bfloat16 keeps float32 weights and casts them for each product; False trains bfloat16 weights."""
 
 
 class RunSpec(Frozen):
