@@ -1,0 +1,118 @@
+"""Data sets on the Hub: what its cache holds, and downloading the converted parquet files of a split.
+
+Imports huggingface_hub inside functions only. Files come from the branch on which the Hub keeps every data set
+as parquet, else from the data set's own parquet files; scripts in a repository are never downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+CONVERTED = "refs/convert/parquet"
+
+
+class HubUnreachable(Exception):
+    """The Hub cannot be asked, or does not have the files; the message is a clause."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a data set: where it is on the Hub, its size in bytes, and where it belongs in a data folder."""
+
+    repository: str
+    revision: str
+    name: str
+    size: int
+    target: str
+
+
+def cached_snapshots(repository: str) -> Iterator[Path]:
+    """Snapshot folders of a data set in the Hub's cache, newest first."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    snapshots = Path(HF_HUB_CACHE) / f"datasets--{repository.replace('/', '--')}" / "snapshots"
+    if snapshots.is_dir():
+        yield from sorted(snapshots.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+
+
+def choose_files(names: Sequence[str], config: str, split: str) -> list[str]:
+    """The parquet files of one split among the names in a repository, in order; empty where there are none."""
+    bases = [PurePosixPath(config)] + ([PurePosixPath("data"), PurePosixPath(".")] if config == "default" else [])
+    for base in bases:
+        for pattern in (f"{split}.parquet", f"{split}-*-of-*.parquet", f"{split}/*.parquet"):
+            wanted = [part for part in (base / pattern).parts if part != "."]
+            found = [name for name in names if _matches(PurePosixPath(name).parts, wanted)]
+            if found:
+                return sorted(found)
+    return []
+
+
+def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    return len(parts) == len(patterns) and all(
+        PurePosixPath(part).match(pattern) for part, pattern in zip(parts, patterns, strict=True)
+    )
+
+
+def list_files(paths: Sequence[str], config: str, splits: Sequence[str]) -> list[HubFile]:
+    """The files that hold `splits`, from the first id that has them all. Raises `HubUnreachable`."""
+    reasons = []
+    for repository in paths:
+        for revision in (CONVERTED, "main"):
+            try:
+                return _list_revision(repository, revision, config, splits)
+            except HubUnreachable as error:
+                reasons.append(str(error))
+    raise HubUnreachable(reasons[0] if len(set(reasons)) == 1 else "; ".join(dict.fromkeys(reasons)))
+
+
+def _list_revision(repository: str, revision: str, config: str, splits: Sequence[str]) -> list[HubFile]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    with _clauses(repository):
+        api = HfApi()
+        commit = api.dataset_info(repository, revision=revision).sha or revision
+        tree = list(api.list_repo_tree(repository, repo_type="dataset", revision=commit, recursive=True))
+    sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+    files = []
+    for split in splits:
+        names = choose_files(list(sizes), config, split)
+        if not names:
+            raise HubUnreachable(f"the Hub has no parquet files of {repository} ({config}, {split})")
+        files += [HubFile(repository, commit, name, sizes[name], target)
+                  for name, target in zip(names, _targets(repository, config, split, len(names)), strict=True)]
+    return files
+
+
+def _targets(repository: str, config: str, split: str, count: int) -> list[str]:
+    """Where the files of a split belong in a data folder."""
+    if count == 1:
+        return [f"{repository}/{config}/{split}.parquet"]
+    return [f"{repository}/{config}/{split}-{index:05d}-of-{count:05d}.parquet" for index in range(count)]
+
+
+def download_to_cache(paths: Sequence[str], config: str, splits: Sequence[str]) -> None:
+    """Download `splits` into the Hub's cache. Raises `HubUnreachable`."""
+    from huggingface_hub import hf_hub_download
+
+    for file in list_files(paths, config, splits):
+        with _clauses(file.repository):
+            hf_hub_download(file.repository, file.name, repo_type="dataset", revision=file.revision)
+
+
+@contextmanager
+def _clauses(repository: str) -> Iterator[None]:
+    """Turn whatever a Hub call raises (the HTTP library's errors vary with its version) into `HubUnreachable`."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise HubUnreachable("the Hub is switched off (HF_HUB_OFFLINE)") from error
+    except HfHubHTTPError as error:
+        raise HubUnreachable(f"the Hub answers for {repository}: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        raise HubUnreachable(f"the Hub cannot be reached ({type(error).__name__})") from error

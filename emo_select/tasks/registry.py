@@ -1,0 +1,70 @@
+"""Tasks by name: the published ones, the demo tasks, user files and lm-eval's own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from emo_select.errors import UnknownNameError
+from emo_select.tasks import mmlu, published
+from emo_select.tasks.base import Task
+
+PROVIDERS = ("emo_select.tasks.published", "emo_select.tasks.mmlu", "emo_select.demo.tasks")
+LM_EVAL_PREFIX = "lm-eval:"
+
+
+def list_tasks(data_dir: str | Path | None = None) -> list[Task]:
+    """Every task that can be named, in the published order; building them reads no data."""
+    folder = Path(data_dir) if data_dir else None
+    found: list[Task] = []
+    for provider in PROVIDERS:
+        if importlib.util.find_spec(provider.rpartition(".")[0]) and importlib.util.find_spec(provider):
+            found += importlib.import_module(provider).tasks(folder)
+    return found
+
+
+def groups(tasks: Sequence[Task]) -> Mapping[str, tuple[str, ...]]:
+    """Names of the tasks of each group."""
+    names: dict[str, tuple[str, ...]] = {}
+    for task in tasks:
+        names[task.group] = (*names.get(task.group, ()), task.name)
+    return names
+
+
+GROUPS = groups([*published.tasks(), *mmlu.tasks()])  # the five published groups
+
+
+def short_name(name: str) -> str:
+    """The name without what all published run names share: arc_easy, mmlu_math, gsm8k."""
+    return name.replace("_generation_8shot", "").replace("_merged", "")
+
+
+def get_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> list[Task]:
+    """The tasks of these names, each once, in this order.
+
+    A name is a group, a run name or its short form, an MMLU subject (`mmlu_anatomy`), a YAML file, or
+    `lm-eval:NAME`. Raises `UnknownNameError` with the nearest names.
+    """
+    known = list_tasks(data_dir)
+    chosen: dict[str, Task] = {}
+    for name in names:
+        for task in _named(name, known, data_dir):
+            chosen.setdefault(task.name, task)
+    return list(chosen.values())
+
+
+def _named(name: str, known: Sequence[Task], data_dir: str | Path | None) -> Sequence[Task]:
+    by_name = {task.name: [task] for task in known} | {short_name(task.name): [task] for task in known}
+    by_group: dict[str, list[Task]] = {}
+    for task in known:
+        by_group.setdefault(task.group, []).append(task)
+    by_name = by_group | by_name
+    if name in by_name:
+        return by_name[name]
+    subjects = {prefix + subject: subject for values in mmlu.CATEGORIES.values() for subject in values
+                for prefix in ("mmlu_", "mmlu_merged_")}
+    if name in subjects:
+        return mmlu.subject_tasks((subjects[name],), Path(data_dir) if data_dir else None)
+    raise UnknownNameError("task", name, [*by_name, *subjects], "`emo-select tasks` lists them")

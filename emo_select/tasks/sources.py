@@ -1,0 +1,216 @@
+"""Where rows come from: rows in memory, a folder in the Hub's schema, the Hub's cache, or the Hub.
+
+Only parquet and JSON lines are read; loading scripts of data sets are never run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from emo_select.errors import DataMissingError, TaskError
+from emo_select.tasks.base import Row
+
+DATA_DIR_VARIABLE = "EMO_SELECT_DATA_DIR"
+_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryRows:
+    """Rows given in the program: `{split: rows}`."""
+
+    label: str
+    splits: Mapping[str, Sequence[Row]]
+
+    @property
+    def available(self) -> bool:
+        return True
+
+    def rows(self, split: str) -> Sequence[Row]:
+        return self.splits.get(split, ())
+
+    def require(self, task: str) -> None:
+        """Rows in memory are always there."""
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.splits, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class HubRows:
+    """A data set of the Hub. `paths` are ids to try in turn, `config` its configuration ("default" where unnamed)."""
+
+    paths: tuple[str, ...]
+    config: str = "default"
+    splits: tuple[str, ...] = ("train", "validation", "test")
+    data_dir: Path | None = None
+
+    @property
+    def label(self) -> str:
+        return self.paths[0] + ("" if self.config == "default" else f"/{self.config}")
+
+    @property
+    def available(self) -> bool:
+        return all(self.locate(split) for split in self.splits)
+
+    def locate(self, split: str) -> tuple[Path, ...]:
+        """Files of a split in the data folder, else in the Hub's cache; empty where there are none."""
+        for folder in self._folders():
+            if files := split_files(folder, self.config, split):
+                return files
+        return ()
+
+    def _folders(self) -> Iterator[Path]:
+        folder = self.data_dir or os.environ.get(DATA_DIR_VARIABLE)
+        if folder:
+            yield from (Path(folder) / path for path in self.paths)
+        from emo_select.tasks.hub import cached_snapshots
+
+        for path in self.paths:
+            yield from cached_snapshots(path)
+
+    def require(self, task: str) -> None:
+        missing = [split for split in self.splits if not self.locate(split)]
+        if not missing:
+            return
+        from emo_select.tasks.hub import HubUnreachable, download_to_cache
+
+        try:
+            download_to_cache(self.paths, self.config, missing)
+        except HubUnreachable as error:
+            raise DataMissingError(
+                f"The data set {self.label} ({', '.join(missing)}) is neither in the data folder nor in the Hub's "
+                f"cache, and {error}; on a machine with network access run "
+                f"`emo-select fetch --task {task} --to DIR`, then give --data-dir DIR."
+            ) from error
+
+    def rows(self, split: str) -> Sequence[Row]:
+        files = self.locate(split)
+        if not files:
+            self.require(self.label)
+            files = self.locate(split)
+        return [row for file in files for row in read_rows(file)]
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.label.encode())
+        for split in self.splits:
+            for file in self.locate(split):
+                digest.update(split.encode() + file_digest(file, file.stat().st_mtime_ns))
+        return digest.hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def file_digest(file: Path, changed_ns: int) -> bytes:
+    """SHA-256 of a file's bytes; `changed_ns` makes the cache forget a file that changed."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+# ---- which files hold a split
+
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+
+
+def split_files(folder: Path, config: str, split: str) -> tuple[Path, ...]:
+    """The files of one split of one configuration under a data set's folder, shards in order.
+
+    Understood layouts: CONFIG/SPLIT.parquet (or .jsonl), CONFIG/SPLIT-00000-of-0000N.parquet,
+    CONFIG/SPLIT/0000.parquet (the Hub's converted branch), and, for the default configuration, the same under data/
+    or directly in the folder. A split with a missing shard counts as absent.
+    """
+    bases = [folder / config] + ([folder / "data", folder] if config == "default" else [])
+    for base in bases:
+        for files in _candidates(base, split):
+            if files:
+                return files
+    return ()
+
+
+def _candidates(base: Path, split: str) -> Iterator[tuple[Path, ...]]:
+    for suffix in _SUFFIXES:
+        file = base / f"{split}{suffix}"
+        yield (file,) if file.is_file() else ()
+    yield _complete(sorted(base.glob(f"{split}-*.parquet")))
+    yield tuple(sorted((base / split).glob("*.parquet")))
+
+
+def _complete(files: Sequence[Path]) -> tuple[Path, ...]:
+    """Shards numbered 0 to N-1 of N, else nothing."""
+    found = [_SHARD.search(file.stem) for file in files]
+    if not files or not all(found):
+        return ()
+    expected = int(found[0].group(2)) if found[0] else 0
+    return tuple(files) if len(files) == expected else ()
+
+
+# ---- reading
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """All rows of a parquet, JSON lines, JSON (a list) or CSV file. Raises `TaskError` naming what is wrong."""
+    readers = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv}
+    if file.suffix not in readers:
+        raise TaskError(f"{file} is not a .parquet, .jsonl, .json or .csv file.")
+    try:
+        return readers[file.suffix](file)
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{file} is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
+    except OSError as error:
+        raise TaskError(f"{file} cannot be read: {error}.") from error
+
+
+def _read_parquet(file: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[dict[str, Any]] = pyarrow.parquet.ParquetFile(file).read().to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise TaskError(f"{file} is not a complete parquet file ({error}); fetch it again.") from error
+    return rows
+
+
+def _read_json_lines(file: Path) -> list[dict[str, Any]]:
+    lines = file.read_bytes().split(b"\n")
+    return [_json_row(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _json_row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{where} is not UTF-8 text (byte {error.start} of the line); convert the file.") from error
+    except json.JSONDecodeError as error:
+        raise TaskError(f"{where} is not valid JSON: {error}.") from error
+    if not isinstance(row, dict):
+        raise TaskError(f"{where} is not a JSON object.")
+    return row
+
+
+def _read_json(file: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(file.read_bytes().decode())
+    except json.JSONDecodeError as error:
+        raise TaskError(f"{file} is not valid JSON: {error}; one object per line belongs in a .jsonl file.") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise TaskError(f"{file} is not a list of JSON objects.")
+    return rows
+
+
+def _read_csv(file: Path) -> list[dict[str, Any]]:
+    import csv
+
+    with file.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        rows = list(reader)
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise TaskError(f"{file}, row {number} has not as many cells as the first line has names.")
+    return rows
