@@ -99,19 +99,21 @@ class Tree:
         """Folder of the calibration statistics that `spec` uses."""
         return self.root / spec.model_directory / "activations" / spec.activations_name
 
+    def activations_record(self, spec: RunSpec) -> Path:
+        """Their completion record."""
+        return self.activations(spec) / "record.json"
+
     def activations_lock(self, spec: RunSpec) -> Path:
         """Held by the one process that collects those statistics."""
         folder = self.activations(spec)
         return folder.with_name(f".{folder.name}.lock")
 
-    def runs(self) -> Iterator[RunPaths]:
-        """Every run directory below the root, by model and name."""
-        if not self.root.is_dir():
-            return
-        for model in sorted(path for path in self.root.iterdir() if path.is_dir()):
-            for folder in sorted(model.iterdir()):
-                if folder.is_dir() and parse_directory_name(folder.name):
-                    yield RunPaths(folder)
+    def runs(self, model: str | None = None) -> Iterator[RunPaths]:
+        """Every run directory below the root (or one model folder), by model and name."""
+        models = [self.root / model] if model else sorted(self.root.glob("*"))
+        for folder in (path for parent in models if parent.is_dir() for path in sorted(parent.iterdir())):
+            if folder.is_dir() and parse_directory_name(folder.name):
+                yield RunPaths(folder)
 
     def require_writable(self) -> None:
         """Raise `SpecError` where the root cannot be created or written."""
@@ -214,7 +216,7 @@ def publish(ready: Path, final: Path) -> None:
 
 def link_tree(source: Path, target: Path) -> None:
     """Mirror a directory by hard links, copying only where the disk cannot link."""
-    shutil.copytree(source, target, copy_function=_link_or_copy, dirs_exist_ok=True)
+    shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
 
 
 @contextmanager
@@ -248,7 +250,8 @@ def _holder(path: Path) -> str:
         return "another process"
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Hard-link one file (what a symlink points to), or copy it where the disk cannot link."""
     Path(target).unlink(missing_ok=True)
     try:
         os.link(Path(source).resolve(), target)

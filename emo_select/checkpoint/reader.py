@@ -27,6 +27,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SAMPLES_PER_SHARD, SAMPLE_BYTES = 64, 4096
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
+PIECE_BYTES = 1 << 20  # small enough to stay in the processor's cache from reading over checking to writing
 MAX_READ = 1 << 30  # one pread never returns more than 2 GiB
 
 
@@ -121,6 +122,15 @@ class Checkpoint:
             at += count
         if at != len(buffer):
             raise ValueError(f"{name} has {at} bytes, the buffer {len(buffer)}")
+
+    def pieces(self, name: str, rows: Sequence[int] | None = None) -> Iterator[memoryview]:
+        """The bytes of the tensor or of `rows`, in order, in views of one reused buffer: use each before the next."""
+        buffer = memoryview(bytearray(min(PIECE_BYTES, self.info(name).bytes)))
+        for offset, count in self.ranges(name, rows):
+            for at in range(0, count, PIECE_BYTES):
+                piece = buffer[:min(PIECE_BYTES, count - at)]
+                self._fill(self.tensors[name].shard, piece, offset + at)
+                yield piece
 
     def ranges(self, name: str, rows: Sequence[int] | None = None) -> Iterator[tuple[int, int]]:
         """(offset in the shard file, bytes) of the tensor or of runs of consecutive `rows`."""

@@ -1,0 +1,297 @@
+"""Prune a checkpoint on disk: a plan made from headers, checked whole, then a loop that moves bytes.
+
+The model is never built. Kept experts are renumbered, router rows and fused tensors sliced, everything else is
+copied byte for byte; memory use is one piece of a tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emo_select.checkpoint import Checkpoint, ShardedWriter, TensorSpec, assign_shards, open_checkpoint
+from emo_select.checkpoint.finite import all_finite
+from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE
+from emo_select.checkpoint.reader import INDEX
+from emo_select.errors import KeepKError, NumericError, SpecError
+from emo_select.experts.keepset import (
+    KeepSet,
+    check_keep_set,
+    pruned_top_k,
+    pruning_metadata,
+    shared_kept,
+    write_expert_files,
+)
+from emo_select.models.families import (
+    COUNT_KEYS,
+    Family,
+    Role,
+    always_active_per_layer,
+    check_layout,
+    experts_per_layer,
+)
+from emo_select.progress import say, track
+from emo_select.tree import link_or_copy, require_space, staged_directory, write_bytes, write_json
+
+# Small files that belong to a checkpoint; weights in other formats and training state do not.
+COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
+REPLACED = {"config.json", INDEX, "pruning_metadata.json", "experts.json", "expert_mask.json", "trainer_state.json"}
+FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One tensor of the pruned checkpoint: what it becomes, where it comes from, which rows of axis 0 (None: all)."""
+
+    spec: TensorSpec
+    source: str
+    rows: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """All that will be written. `copies` are in the source's order."""
+
+    copies: tuple[Copy, ...]
+    config: dict[str, Any]
+    dropped_layers: int  # prediction layers behind the decoder
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the pruned checkpoint's tensors."""
+        return sum(copy.spec.bytes for copy in self.copies)
+
+
+def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dtype: str | None = None,
+                     max_shard_size: str | int | None = None, metadata: Mapping[str, Any] | None = None,
+                     allow_nonuniform: bool = False) -> None:
+    """Write the pruned checkpoint to `out_dir`, which appears by rename when all of it is on disk.
+
+    A call that was interrupted goes on with the shard it was in. With every expert kept and neither `dtype` nor
+    `max_shard_size`, shards become hard links to the source's.
+
+    Args:
+        source: folder, Hub id or demo/NAME.
+        keep_set: experts to keep, of this very model.
+        out_dir: replaced if it exists.
+        dtype: cast floating-point weights ("bfloat16", "float32", "float16"); None keeps each tensor's own.
+        max_shard_size: "5GB", "500MB" or bytes; None means 5 GB.
+        metadata: entries that replace those of pruning_metadata.json.
+        allow_nonuniform: accept different numbers of experts per layer where the family's config can say so.
+
+    Raises:
+        ModelError, CheckpointError, KeepKError, SpecError, DiskSpaceError: before anything is written.
+        NumericError: a weight is NaN or infinite, named with layer and expert.
+    """
+    with open_checkpoint(source) as checkpoint:
+        target = _safetensors_dtype(dtype)
+        plan = plan_prune(checkpoint, keep_set, dtype=target, allow_nonuniform=allow_nonuniform)
+        limit = parse_size(max_shard_size)
+        linkable = not (dtype or limit) and _keeps_everything(checkpoint, plan)
+        require_space(out_dir.parent, 0 if linkable else plan.total_bytes, "The pruned checkpoint")
+        key = _resume_key(checkpoint, keep_set, target, limit)
+        with staged_directory(out_dir, key) as folder:
+            if linkable:
+                _link_shards(checkpoint, folder)
+            else:
+                _write_shards(checkpoint, plan, folder, limit)
+            _write_companions(checkpoint, folder)
+            write_expert_files(folder, checkpoint.config, keep_set)
+            write_json(folder / "pruning_metadata.json", {**pruning_metadata(keep_set), **(metadata or {})})
+            write_json(folder / "config.json", plan.config)
+
+
+def plan_prune(checkpoint: Checkpoint, keep_set: KeepSet, *, dtype: str | None = None, allow_nonuniform: bool = False
+               ) -> PrunePlan:
+    """Decide from headers alone what the pruned checkpoint holds; reads no weights, writes nothing.
+
+    `dtype` is a safetensors name. Raises what `prune_checkpoint` raises before writing, except for disk space.
+    """
+    family = check_layout(checkpoint)
+    check_keep_set(checkpoint.config, keep_set)
+    _check_uniform(checkpoint, family, keep_set, allow_nonuniform)
+    counts = experts_per_layer(checkpoint.config)
+    new_index = [{e: i for i, e in enumerate(kept or ())} for kept in keep_set.experts]
+    copies, dropped = [], set()
+    for name in checkpoint.tensors:
+        role = family.role(name)
+        if role.layer is not None and role.layer >= len(counts):
+            dropped.add(role.layer)
+        elif copy := _plan_tensor(checkpoint, name, role, new_index, dtype):
+            copies.append(copy)
+    config = pruned_config(checkpoint.config, family, keep_set, dtype=dtype, dropped_layers=len(dropped))
+    return PrunePlan(tuple(copies), config, len(dropped))
+
+
+def _plan_tensor(checkpoint: Checkpoint, name: str, role: Role, new_index: list[dict[int, int]], dtype: str | None
+                 ) -> Copy | None:
+    info = checkpoint.tensors[name]
+    stored = dtype if dtype and info.dtype in FLOATING and not name.endswith("e_score_correction_bias") else info.dtype
+    if role.layer is None or role.kind == "other":
+        return Copy(TensorSpec(name, stored, info.shape), name)
+    kept = new_index[role.layer]
+    if role.kind == "rows":
+        return Copy(TensorSpec(name, stored, (len(kept), *info.shape[1:])), name, tuple(kept))
+    if role.expert not in kept:
+        return None
+    renamed = f"model.layers.{role.layer}.{role.suffix.replace('{e}', str(kept[role.expert]))}"
+    return Copy(TensorSpec(renamed, stored, info.shape), name)
+
+
+def pruned_config(config: Mapping[str, Any], family: Family, keep_set: KeepSet, *, dtype: str | None = None,
+                  dropped_layers: int = 0) -> dict[str, Any]:
+    """config.json of the pruned checkpoint: every key that counts experts agrees, the rest stays as it is.
+
+    `num_experts` and its twins are the smallest number that a layer keeps; layers that differ are in the per-layer
+    lists. Routed load balancing is switched on for later finetuning, as published.
+    """
+    kept = [len(experts or ()) for experts in keep_set.experts]
+    smallest = min(count for count in kept if count)
+    new = dict(config)
+    for key in {*family.count_keys, *(key for key in COUNT_KEYS if config.get(key) is not None)}:
+        new[key] = smallest
+    if pruned_top_k(config, smallest) != family.value(config, "num_experts_per_tok"):
+        new["num_experts_per_tok"] = pruned_top_k(config, smallest)
+    if family.listed_shared:
+        new |= _pruned_shared(config, family, keep_set, per_layer=not keep_set.uniform)
+    new |= _pruned_always_active(config, keep_set)
+    if dropped_layers and family.extra_layers_key:
+        new[family.extra_layers_key] = 0
+    if dtype:
+        new["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[dtype][1]
+    return new | {"output_router_logits": True}
+
+
+def _pruned_shared(config: Mapping[str, Any], family: Family, keep_set: KeepSet, *, per_layer: bool) -> dict[str, Any]:
+    shared = shared_kept(config, keep_set)
+    moe = [s for s, experts in zip(shared, keep_set.experts, strict=True) if experts is not None]
+    new: dict[str, Any] = {}
+    if config.get("num_experts_per_layer") or per_layer:
+        new["num_experts_per_layer"] = [len(experts or ()) for experts in keep_set.experts]
+        if config.get("num_shared_experts_per_layer") or per_layer or len(set(moe)) > 1:
+            new["num_shared_experts_per_layer"] = shared
+    if max(moe) != family.value(config, "num_shared_experts"):
+        new["num_shared_experts"] = max(moe)
+    return new
+
+
+def _pruned_always_active(config: Mapping[str, Any], keep_set: KeepSet) -> dict[str, Any]:
+    """Always-active experts under their new numbers; the lists differ between layers once experts are dropped."""
+    active = always_active_per_layer(config)
+    if not any(active):
+        return {}
+    renumbered = [[(kept or ()).index(e) for e in layer] for layer, kept in zip(active, keep_set.experts, strict=True)]
+    if not config.get("always_active_experts_per_layer") and all(row == renumbered[0] for row in renumbered):
+        return {"always_active_experts": renumbered[0]}
+    return {"always_active_experts": None, "always_active_experts_per_layer": renumbered}
+
+
+def _check_uniform(checkpoint: Checkpoint, family: Family, keep_set: KeepSet, allow: bool) -> None:
+    sizes = [len(kept) for kept in keep_set.experts if kept is not None]
+    counts = [count for count in experts_per_layer(checkpoint.config) if count]
+    if keep_set.uniform or sizes == [min(keep_set.keep_k, count) for count in counts]:
+        return  # layers that had fewer than keep-k to begin with are in the config already
+    if not family.per_layer_keys:
+        raise KeepKError(f"A {family.name} config cannot give layers different numbers of experts ({min(sizes)} to "
+                         f"{max(sizes)} here); select with one keep-k.")
+    if not allow:
+        raise KeepKError(f"The selection keeps {min(sizes)} to {max(sizes)} experts per layer; pass --allow-nonuniform "
+                         "to write such a checkpoint.")
+    say("Layers keep different numbers of experts: only emo-select and the published remote code load this, through "
+        "num_experts_per_layer; stock transformers and vLLM do not.")
+
+
+def parse_size(size: str | int | None) -> int | None:
+    """Bytes of "5GB", "500MB", "100KB" or a plain number (decimal units); None stays None."""
+    if size is None or isinstance(size, int):
+        return size
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    text = size.strip().upper()
+    number, unit = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
+    try:
+        parsed = int(float(number) * unit)
+    except (ValueError, OverflowError):
+        parsed = 0
+    if parsed <= 0:
+        raise SpecError(f"{size!r} is not a size; write 5GB, 500MB or a number of bytes.")
+    return parsed
+
+
+def _safetensors_dtype(dtype: str | None) -> str | None:
+    if dtype is None:
+        return None
+    name = SAFETENSORS_DTYPE.get(dtype)
+    if name not in FLOATING:
+        raise SpecError(f"Cannot store weights as {dtype!r}; choose bfloat16, float16 or float32.")
+    return name
+
+
+def _keeps_everything(checkpoint: Checkpoint, plan: PrunePlan) -> bool:
+    return len(plan.copies) == len(checkpoint.tensors) and plan.total_bytes == checkpoint.total_bytes
+
+
+def _resume_key(checkpoint: Checkpoint, keep_set: KeepSet, dtype: str | None, limit: int | None) -> str:
+    identity = [checkpoint.fingerprint, keep_set.experts, dtype, limit]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def _write_shards(checkpoint: Checkpoint, plan: PrunePlan, folder: Path, limit: int | None) -> None:
+    copies = {copy.spec.name: copy for copy in plan.copies}
+    shards = assign_shards((copy.spec for copy in plan.copies), limit)
+    with ShardedWriter(folder, shards) as out, track("Writing experts (GB)", plan.total_bytes / 1e9) as bar:
+        missing = out.missing()
+        bar.advance((plan.total_bytes - sum(copies[name].spec.bytes for name in missing)) / 1e9)
+        for name in missing:
+            copy = copies[name]
+            if copy.spec.dtype == checkpoint.tensors[copy.source].dtype:
+                out.write_bytes(name, _finite_pieces(checkpoint, copy))
+            else:
+                out.write(name, _cast(checkpoint, copy))
+            bar.advance(copy.spec.bytes / 1e9)
+
+
+def _finite_pieces(checkpoint: Checkpoint, copy: Copy) -> Iterator[memoryview]:
+    """The tensor's bytes piece by piece in a reused buffer, each piece seen to be finite."""
+    dtype = checkpoint.tensors[copy.source].dtype
+    for piece in checkpoint.pieces(copy.source, copy.rows):
+        if not all_finite(piece, dtype):
+            raise _not_finite(checkpoint, copy)
+        yield piece
+
+
+def _cast(checkpoint: Checkpoint, copy: Copy) -> Any:
+    import torch
+
+    source = checkpoint.read(copy.source, copy.rows)
+    if source.is_floating_point() and not torch.isfinite(source).all():
+        raise _not_finite(checkpoint, copy)
+    cast = source.to(getattr(torch, DTYPES[copy.spec.dtype][1]))
+    if not torch.isfinite(cast).all():
+        raise NumericError(f"{copy.source} has values that {cast.dtype} cannot hold; choose bfloat16 or float32.")
+    return cast
+
+
+def _not_finite(checkpoint: Checkpoint, copy: Copy) -> NumericError:
+    role = check_layout(checkpoint).role(copy.source)
+    where = "" if role.layer is None else f" (layer {role.layer}" + (
+        f", expert {role.expert})" if role.expert is not None else ")")
+    return NumericError(f"{copy.source}{where} in {checkpoint.directory} holds NaN or infinite values; "
+                        "download or save the checkpoint again.")
+
+
+def _link_shards(checkpoint: Checkpoint, folder: Path) -> None:
+    for shard in checkpoint.shards:
+        link_or_copy(checkpoint.directory / shard, folder / shard)
+    if (checkpoint.directory / INDEX).exists() and len(checkpoint.shards) > 1:
+        write_bytes(folder / INDEX, (checkpoint.directory / INDEX).read_bytes())
+
+
+def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
+    for path in sorted(checkpoint.directory.iterdir()):
+        if path.is_file() and path.suffix in COMPANIONS and path.name not in REPLACED:
+            shutil.copyfile(path, folder / path.name)
