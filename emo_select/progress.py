@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -49,6 +49,12 @@ def say(message: str) -> None:
     """Print one line of talk to stderr, unless quiet. `message` is plain text, never markup."""
     if not _state.quiet:
         _state.console.print(message, markup=False, highlight=False)
+
+
+def talk(renderable: RenderableType) -> None:
+    """Print a table or other rich object to stderr, unless quiet."""
+    if not _state.quiet:
+        _state.console.print(renderable)
 
 
 class Bar:

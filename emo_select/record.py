@@ -11,10 +11,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from enum import Enum
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -107,18 +108,44 @@ def finish(paths: RunPaths, record: RunRecord, stage: str, fingerprint: str, out
     return record
 
 
-def is_current(paths: RunPaths, record: RunRecord | None, stage: str, fingerprint: str) -> tuple[bool, str]:
-    """Whether `stage` is done for `fingerprint`, and the reason to show."""
+class State(Enum):
+    """How a stage's completion record compares with what is wanted now."""
+
+    DONE = "done"
+    MISSING = "missing"
+    STALE = "stale"
+    GONE = "gone"
+    """Done for the wanted fingerprint, but its files were removed since."""
+
+
+def state(paths: RunPaths, record: RunRecord | None, stage: str, fingerprint: str) -> tuple[State, str]:
+    """Compare the record of `stage` with the wanted fingerprint and its files with what it says of them."""
     done = record.stages.get(stage) if record else None
     if done is None:
-        return False, "missing"
+        return State.MISSING, "missing"
     if done.fingerprint != fingerprint:
-        return False, "stale: what it was made from has changed"
+        return State.STALE, "stale: what it was made from has changed"
     for name, size in done.outputs.items():
         path = paths.directory / name
         if not path.is_file() or path.stat().st_size != size:
-            return False, f"{name} is gone or has another size"
-    return True, "done"
+            return State.GONE, f"{name} is gone or has another size"
+    return State.DONE, "done"
+
+
+def forget(paths: RunPaths, record: RunRecord, names: Iterable[str]) -> RunRecord:
+    """Remove completion records before their outputs are replaced, so that a crash between leaves none that lies."""
+    unwanted = set(names)
+    kept = {name: done for name, done in record.stages.items() if name not in unwanted}
+    if len(kept) == len(record.stages):
+        return record
+    record = record.model_copy(update={"stages": kept})
+    save(paths, record)
+    return record
+
+
+def activations_fingerprint(record_file: Path) -> str | None:
+    """The fingerprint that shared statistics were collected for; None where there are none."""
+    return str(read_json(record_file).get("fingerprint")) if record_file.exists() else None
 
 
 def sizes(root: Path, outputs: list[Path]) -> dict[str, int]:

@@ -45,3 +45,8 @@ def emit(value: Any) -> None:
     """Write a result as JSON to stdout."""
     json.dump(value, sys.stdout, indent=1, ensure_ascii=False, default=str)
     sys.stdout.write("\n")
+
+
+def listed(values: list[str]) -> list[str]:
+    """Flatten repeated and comma-separated values."""
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]

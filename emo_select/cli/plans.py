@@ -1,0 +1,75 @@
+"""How a plan and its failures are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from emo_select import progress
+from emo_select.cli.common import emit
+
+if TYPE_CHECKING:
+    from emo_select.pipeline import Planned, Run, Step
+
+SHOWN = 30
+_LOOK = {"run": ("run", "bold yellow"), "done": ("done", "green"), "skip": ("–", "dim")}
+
+
+def show(planned: Sequence[Planned], *, as_json: bool) -> None:
+    """Print what will happen to each run: as a table on stderr, or everything as JSON on stdout."""
+    if as_json:
+        emit([as_data(run, steps) for run, steps in planned])
+        return
+    progress.talk(_table(planned))
+    for line in summary(planned):
+        progress.say(line)
+
+
+def as_data(run: Run, steps: Sequence[Step]) -> dict[str, Any]:
+    """One run of a plan as plain data."""
+    from emo_select.pipeline import cost
+
+    return {
+        "directory": str(run.paths.directory),
+        "spec": run.spec.model_dump(mode="json"),
+        "steps": [asdict(step) for step in steps],
+        "cost": asdict(cost.of(run, steps)),
+    }
+
+
+def summary(planned: Sequence[Planned]) -> list[str]:
+    """What the whole plan needs, in words."""
+    from emo_select.pipeline import cost
+
+    total = cost.total(planned)
+    working = sum(any(step.action == "run" for step in steps) for _, steps in planned)
+    lines = [f"{len(planned)} run{'s' * (len(planned) != 1)}, {working} with work to do."]
+    if working:
+        lines.append(f"To do: about {total.tokens:,} tokens forward, {total.bytes / 1e9:.2f} GB to write, "
+                     f"{'about ' + cost.duration(total.seconds) if total.seconds is not None else 'time not measured on this machine yet'}.")
+    return lines
+
+
+def show_failures(failures: Sequence[tuple[Run, Exception]]) -> None:
+    """Name every run that failed and why."""
+    for run, error in failures:
+        progress.say(f"Failed: {run.spec.model} {run.paths.directory.name}: {error}")
+
+
+def _table(planned: Sequence[Planned]) -> Table:
+    table = Table(title="Plan", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in ("model", "task", "keep-k", "method"):
+        table.add_column(name, no_wrap=name in ("keep-k", "method"))
+    for step in planned[0][1]:
+        table.add_column(step.stage)
+    for run, steps in planned[:SHOWN]:
+        spec = run.spec
+        cells = [Text(text) for text in (spec.model, spec.task, str(spec.keep_k), spec.method)]
+        table.add_row(*cells, *(Text(*_LOOK[step.action.value]) for step in steps))
+    if len(planned) > SHOWN:
+        table.add_row(Text(f"… {len(planned) - SHOWN} more", style="dim"))
+    return table

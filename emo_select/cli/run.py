@@ -1,0 +1,111 @@
+"""`run`: from a model and a task to a row in the table, doing only what is not done yet."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emo_select.cli import common
+from emo_select.cli.common import MACHINE, OUTPUT, RUN, SCORE, TRAIN
+
+if TYPE_CHECKING:
+    from emo_select.pipeline import Run, Step
+
+Stages = Annotated[str, typer.Option("--stages", help="Only these, comma-separated.", rich_help_panel=RUN)]
+Force = Annotated[str, typer.Option("--force", help="Stages to do again, comma-separated.", rich_help_panel=RUN)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command(rich_help_panel="The whole path")(run)
+
+
+def run(
+    model: common.Models,
+    task: common.Tasks,
+    keep_k: common.KeepKs,
+    method: common.Methods = ["layerwise"],  # noqa: B006 - typer copies it
+    stages: Stages = "activations,select,prune,finetune,eval",
+    force: Force = "",
+    num_examples: common.NumExamples = None,
+    seed: common.Seed = 0,
+    num_shots: common.NumShots = None,
+    calibration: common.CalibrationFile = None,
+    score: Annotated[str, typer.Option(help="What layerwise ranks by.", rich_help_panel=common.CALIBRATE)] = (
+        "router_probability"
+    ),
+    epochs: Annotated[float, typer.Option(min=0, help="Passes over the examples.", rich_help_panel=TRAIN)] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.", rich_help_panel=TRAIN)] = 32,
+    learning_rate: Annotated[str, typer.Option("--lr", help="As the directory will show it.", rich_help_panel=TRAIN)] = (
+        "5e-5"
+    ),
+    freeze: Annotated[str, typer.Option(help="none, routed, routed_shared or routed_shared_router.",
+                                        rich_help_panel=TRAIN)] = "none",
+    checkpoints: Annotated[int, typer.Option(min=1, help="Evenly spaced checkpoints.", rich_help_panel=TRAIN)] = 1,
+    train_file: Annotated[str | None, typer.Option(help="Own examples (JSONL).", rich_help_panel=TRAIN)] = None,
+    eval_shots: Annotated[int | None, typer.Option(min=0, show_default="the task's", help="Few-shot examples.",
+                                                   rich_help_panel=SCORE)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, show_default="all", help="First N test documents.",
+                                              rich_help_panel=SCORE)] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Examples per forward pass.",
+                                                    rich_help_panel=MACHINE)] = None,
+    memory_budget: Annotated[str | None, typer.Option(help="For cached hidden states, such as 8GB.",
+                                                      rich_help_panel=MACHINE)] = None,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    data_dir: common.DataDir = None,
+    trust_remote_code: common.TrustRemoteCode = False,
+    output_dir: common.OutputDir = None,
+    dry_run: common.DryRun = False,
+    as_json: common.AsJson = False,
+) -> None:
+    """Select, prune, finetune and evaluate; skip what is done; end with the table.
+
+    Every list option takes several values, repeated or comma-separated, and the command runs their product:
+    [dim]emo-select run --model demo/emo --task demo --keep-k 25%,12.5% --method layerwise,random[/dim]
+    """
+    settings: dict[str, Any] = {
+        "score": score,
+        "calibration": {"num_examples": num_examples, "seed": seed, "num_shots": num_shots, "file": calibration},
+        "training": {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "freeze": freeze,
+                     "checkpoints": checkpoints, "file": train_file},
+        "evaluation": {"num_shots": eval_shots, "limit": limit},
+    }
+    machine = {"device": device, "dtype": dtype, "micro_batch_size": micro_batch, "memory_budget": memory_budget,
+               "data_dir": data_dir, "trust_remote_code": trust_remote_code}
+    runs = _expand(model, task, keep_k, method, settings, machine, output_dir)
+    _run_all(runs, stages, force, output_dir, dry_run=dry_run, as_json=as_json)
+
+
+def _expand(model: list[str], task: list[str], keep_k: list[str], method: list[str], settings: dict[str, Any],
+            machine: dict[str, Any], output_dir: str | None) -> list[Run]:
+    from emo_select.pipeline import Wanted, expand
+    from emo_select.spec import Execution, checked
+    from emo_select.tree import Tree
+
+    tree = Tree.at(output_dir)
+    wanted = Wanted(common.listed(model), common.listed(task), common.listed(keep_k), common.listed(method), settings)
+    return expand(wanted, tree, checked(Execution, machine))
+
+
+def _run_all(runs: list[Run], stages: str, force: str, output_dir: str | None, *, dry_run: bool, as_json: bool) -> None:
+    from emo_select.cli import plans
+    from emo_select.pipeline import check_space, execute_all, plan
+
+    names, forced = common.listed([stages]), common.listed([force])
+    planned = [(run, plan(run, names, forced)) for run in runs]
+    plans.show(planned, as_json=as_json and dry_run)
+    if dry_run:
+        return
+    runs[0].tree.require_writable()
+    check_space(runs, runs[0].tree)
+    failed = execute_all(planned)
+    _show_table(output_dir, runs, as_json=as_json)
+    plans.show_failures(failed)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _show_table(output_dir: str | None, runs: list[Run], *, as_json: bool) -> None:
+    raise NotImplementedError

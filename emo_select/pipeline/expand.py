@@ -1,0 +1,127 @@
+"""From what a user asks for (several models, tasks, keep-k, methods) to checked runs, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from emo_select import progress
+from emo_select.errors import SpecError
+from emo_select.pipeline.runs import Run
+from emo_select.spec import Execution, RunSpec, parse_keep_k
+from emo_select.tree import Tree, require_space
+
+if TYPE_CHECKING:
+    from emo_select.checkpoint import Checkpoint
+    from emo_select.tasks import Task
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A product of models, tasks, keep-k and methods, with the settings that all its runs share."""
+
+    models: Sequence[str]
+    tasks: Sequence[str]
+    keep_ks: Sequence[str]
+    methods: Sequence[str] = ("layerwise",)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Further keys of `RunSpec`: calibration, training, evaluation, score, num_shared."""
+
+
+def expand(wanted: Wanted, tree: Tree, execution: Execution) -> list[Run]:
+    """Every run of the product, each checked against its model's headers and its task's data.
+
+    Keeping all experts is the same whatever the method, so such runs are made once, under the first method. Dense
+    models skip selection and are run once per task. Raises a `UsageError` for the first thing that cannot work.
+    """
+    from emo_select.checkpoint import open_checkpoint
+    from emo_select.tasks import get_tasks
+
+    for name in ("models", "tasks", "keep_ks", "methods"):
+        if not getattr(wanted, name):
+            raise SpecError(f"Nothing to run: give at least one --{name.rstrip('s').replace('_', '-')}.")
+    tasks = get_tasks(wanted.tasks, data_dir=execution.data_dir)
+    runs: list[Run] = []
+    for model in dict.fromkeys(wanted.models):
+        source = open_checkpoint(model)
+        choices = list(_choices(model, source, wanted))
+        for task in tasks:
+            runs += [_bind(_spec(model, task, choice, wanted), tree, execution, source, task) for choice in choices]
+    return runs
+
+
+@dataclass(frozen=True)
+class _Choice:
+    keep_k: int
+    method: str
+    selects: bool = True
+
+
+def _choices(model: str, source: Checkpoint, wanted: Wanted) -> Iterator[_Choice]:
+    from emo_select.experts.keepset import check_keep_k
+    from emo_select.models.families import is_moe
+
+    if not is_moe(source.config):
+        yield _dense_choice(model, source, wanted)
+        return
+    total = num_experts(source.config)
+    for text in dict.fromkeys(wanted.keep_ks):
+        keep_k = parse_keep_k(text, total)
+        notice = check_keep_k(source.config, keep_k, wanted.settings.get("num_shared"))
+        if notice:
+            progress.say(f"{model}: {notice}")
+        methods = wanted.methods if keep_k < total else wanted.methods[:1]
+        yield from (_Choice(keep_k, method) for method in dict.fromkeys(methods))
+
+
+def _dense_choice(model: str, source: Checkpoint, wanted: Wanted) -> _Choice:
+    from emo_select.models.families import DENSE_TYPES, family_of
+
+    if source.config.get("model_type") not in DENSE_TYPES:
+        family_of(source.config)  # raises, naming the supported families
+    progress.say(f"{model} has no experts to select from: it is finetuned and evaluated as it is, once per task.")
+    numbers = [int(text) for text in wanted.keep_ks if text.isdigit()]
+    return _Choice(numbers[0] if numbers else 1, "layerwise", selects=False)
+
+
+def num_experts(config: dict[str, Any]) -> int:
+    """Experts of a full layer, shared ones included: the largest count of any layer."""
+    from emo_select.models.families import experts_per_layer
+
+    return max(experts_per_layer(config))
+
+
+def _spec(model: str, task: Task, choice: _Choice, wanted: Wanted) -> RunSpec:
+    return RunSpec.parse({
+        "model": model, "task": task.name, "keep_k": choice.keep_k, "method": choice.method,
+        "selects": choice.selects, **wanted.settings,
+    })
+
+
+def _bind(spec: RunSpec, tree: Tree, execution: Execution, source: Checkpoint, task: Task) -> Run:
+    run = Run(spec, tree, execution)
+    run.__dict__.update(source=source, task=task)  # opened once for all runs of the product
+    task.require_data()
+    return run
+
+
+def check_space(runs: Iterable[Run], tree: Tree) -> None:
+    """Raise `DiskSpaceError` unless all pruned checkpoints of `runs` that are still to be written fit together."""
+    needed = sum(pruned_bytes(run) for run in runs if run.spec.selects and not run.paths.selected_model.exists())
+    require_space(tree.root, needed, "Writing the pruned checkpoints")
+
+
+def pruned_bytes(run: Run) -> int:
+    """Bytes of the pruned checkpoint: expert tensors shrink by kept/all, everything else stays."""
+    from emo_select.models.families import experts_per_layer, family_of
+
+    source, family = run.source, family_of(run.source.config)
+    counts = experts_per_layer(source.config)
+    total = 0.0
+    for name, info in source.tensors.items():
+        role = family.role(name)
+        pruned = role.kind != "other" and role.layer is not None and role.layer < len(counts)
+        share = min(1.0, run.spec.keep_k / counts[role.layer]) if pruned and role.layer is not None else 1.0
+        total += info.bytes * share
+    return int(total)

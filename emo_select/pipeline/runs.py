@@ -1,0 +1,109 @@
+"""A run bound to a tree and a machine, and what each of its stages depends on.
+
+A stage's fingerprint contains those of the stages before it, so a change early in the chain makes everything after
+it stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emo_select.spec import Execution, RunSpec, digest
+from emo_select.tree import RunPaths, Tree
+
+if TYPE_CHECKING:
+    from emo_select.checkpoint import Checkpoint
+    from emo_select.tasks import Task
+
+STAGES = ("activations", "select", "prune", "finetune", "eval")
+ONE_PASS = ("easy_ep", "global", "frequency", "gate_mass", "ean", "reap")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A spec bound to a tree and a machine, with what its stages read."""
+
+    spec: RunSpec
+    tree: Tree
+    execution: Execution
+
+    @cached_property
+    def paths(self) -> RunPaths:
+        """Files of this run."""
+        return self.tree.run(self.spec)
+
+    @cached_property
+    def source(self) -> Checkpoint:
+        """The full model on disk, headers checked."""
+        from emo_select.checkpoint import open_checkpoint
+
+        return open_checkpoint(self.spec.model)
+
+    @cached_property
+    def task(self) -> Task:
+        """The task's definition and data."""
+        from emo_select.tasks import get_tasks
+
+        return get_tasks([self.spec.task], data_dir=self.execution.data_dir)[0]
+
+    @property
+    def start_model(self) -> Path:
+        """The checkpoint that finetuning starts from, which is also checkpoint-0."""
+        return self.paths.selected_model if self.spec.selects else self.source.directory
+
+    def fingerprint(self, stage: str) -> str:
+        """Digest of everything the outputs of `stage` depend on."""
+        return digest({"stage": stage, **_DEPENDS[stage](self)})
+
+
+def _activations_depend(run: Run) -> dict[str, Any]:
+    return {
+        "model": run.source.fingerprint,
+        "task": run.task.fingerprint(),
+        "calibration": run.spec.calibration.model_dump(),
+    }
+
+
+def _select_depends(run: Run) -> dict[str, Any]:
+    spec = run.spec
+    own = {"method": spec.method, "keep_k": spec.keep_k, "num_shared": spec.num_shared}
+    if spec.method == "random":
+        return {**own, "model": run.source.fingerprint, "seed": spec.calibration.seed}
+    if spec.method == "layerwise":
+        return {**own, "score": spec.score, **_activations_depend(run)}
+    return {**own, "activations": run.fingerprint("activations")}
+
+
+def _prune_depends(run: Run) -> dict[str, Any]:
+    return {"select": run.fingerprint("select")}
+
+
+def _start_depends(run: Run) -> dict[str, Any]:
+    return {"start": run.fingerprint("prune") if run.spec.selects else run.source.fingerprint}
+
+
+def _finetune_depends(run: Run) -> dict[str, Any]:
+    return {**_start_depends(run), "task": run.task.fingerprint(), "training": run.spec.training.model_dump()}
+
+
+def _eval_depends(run: Run) -> dict[str, Any]:
+    return {**_start_depends(run), "task": run.task.fingerprint(), "evaluation": run.spec.evaluation.model_dump()}
+
+
+_DEPENDS: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "activations": _activations_depend,
+    "select": _select_depends,
+    "prune": _prune_depends,
+    "finetune": _finetune_depends,
+    "eval": _eval_depends,
+}
+
+
+def checkpoint_fingerprint(run: Run, step: int) -> str:
+    """Digest of what the results of `checkpoint-<step>` depend on; training matters from step 1 on."""
+    trained = {"finetune": run.fingerprint("finetune")} if step else {}
+    return digest({"stage": "eval", "step": step, **trained, **_eval_depends(run)})

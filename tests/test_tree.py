@@ -1,0 +1,121 @@
+"""The tree publishes whole files and directories or nothing, and locks die with their process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from emo_select import tree
+from emo_select.errors import CheckpointError, DiskSpaceError, LockedError, SpecError
+from emo_select.spec import RunSpec
+from emo_select.tree import Tree, exclusive, link_tree, staged_directory
+
+
+def test_a_failing_body_publishes_nothing_and_the_same_key_continues(tmp_path):
+    final = tmp_path / "out"
+    with pytest.raises(RuntimeError), staged_directory(final, "a") as folder:
+        (folder / "first").write_text("1")
+        raise RuntimeError
+    assert not final.exists()
+    with staged_directory(final, "a") as folder:
+        assert (folder / "first").read_text() == "1"
+        (folder / "second").write_text("2")
+    assert sorted(path.name for path in final.iterdir()) == ["first", "second"]
+    assert list(tmp_path.iterdir()) == [final]
+
+
+def test_another_key_starts_empty_and_replaces_the_old_directory_whole(tmp_path):
+    final = tmp_path / "out"
+    with staged_directory(final, "a") as folder:
+        (folder / "old").touch()
+    with pytest.raises(RuntimeError), staged_directory(final, "b") as folder:
+        (folder / "half").touch()
+        raise RuntimeError
+    assert [path.name for path in final.iterdir()] == ["old"]
+    with staged_directory(final, "c") as folder:
+        assert list(folder.iterdir()) == []
+        (folder / "new").touch()
+    assert [path.name for path in final.iterdir()] == ["new"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    tree.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        tree.write_json(path, {"a": object()})
+    assert tree.read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_damaged_json_is_named(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": ')
+    with pytest.raises(CheckpointError, match=r"x\.json cannot be read"):
+        tree.read_json(tmp_path / "x.json")
+
+
+def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
+    lock = tmp_path / ".lock"
+    hold = f"from pathlib import Path; from emo_select.tree import exclusive; import time\n" \
+           f"with exclusive(Path({str(lock)!r})): print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(LockedError, match=f"process {process.pid}"), exclusive(lock):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with exclusive(lock):
+        assert json.loads((tmp_path / ".lock.holder").read_text())["pid"] == os.getpid()
+
+
+def test_waiting_for_a_lock(tmp_path):
+    lock = tmp_path / ".lock"
+    hold = f"from pathlib import Path; from emo_select.tree import exclusive; import time\n" \
+           f"with exclusive(Path({str(lock)!r})): print('held', flush=True); time.sleep(1); print(time.time())"
+    process = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    with exclusive(lock, wait=True):
+        got = time.time()
+    assert got >= float(process.communicate()[0])
+
+
+def test_links_share_bytes_and_survive_the_original(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "weights").write_bytes(b"x" * 10)
+    link_tree(tmp_path / "a", tmp_path / "c")
+    linked = tmp_path / "c" / "b" / "weights"
+    assert linked.stat().st_ino == (tmp_path / "a" / "b" / "weights").stat().st_ino
+    (tmp_path / "a" / "b" / "weights").unlink()
+    assert linked.read_bytes() == b"x" * 10
+
+
+def test_too_little_space_is_said_before_writing(tmp_path):
+    with pytest.raises(DiskSpaceError, match=r"needs 1000000000000\.00 GB"):
+        tree.require_space(tmp_path / "not" / "there", 10**21, "This")
+
+
+def test_a_root_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SpecError, match="--output-dir"):
+        Tree(tmp_path / "file").require_writable()
+
+
+def test_runs_are_found_by_name(tmp_path):
+    spec = RunSpec(model="demo/emo", task="t", keep_k=4)
+    found = Tree(tmp_path)
+    found.run(spec).directory.mkdir(parents=True)
+    found.activations(spec).mkdir(parents=True)
+    assert [paths.directory for paths in found.runs()] == [tmp_path / "demoemo" / spec.directory_name]
+    assert [path.directory.name for path in found.runs("demoemo")] == [spec.directory_name]
+    assert list(found.runs("other")) == []
+
+
+def test_checkpoints_are_numbered_folders_only(tmp_path):
+    paths = Tree(tmp_path).run(RunSpec(model="m", task="t", keep_k=4))
+    for name in ("checkpoint-0", "checkpoint-12", "checkpoint-3", "checkpoint-final"):
+        paths.finetuned_model.joinpath(name).mkdir(parents=True)
+    (paths.finetuned_model / "checkpoint-99").touch()
+    assert paths.checkpoint_steps() == [0, 3, 12]
