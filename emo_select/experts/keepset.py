@@ -194,8 +194,8 @@ def expert_mask(config: Mapping[str, Any], keep_set: KeepSet) -> list[list[int]]
 def pruning_metadata(keep_set: KeepSet) -> dict[str, Any]:
     """Content of pruning_metadata.json, keys and order as published (they differ by method)."""
     method = PUBLISHED_METHODS.get(keep_set.method, keep_set.method)
-    head = {"original_model": keep_set.model, "prune_keep_k": keep_set.keep_k,
-            "num_shared_experts": keep_set.num_shared, "pruning_method": method}
+    head: dict[str, Any] = {"original_model": keep_set.model, "prune_keep_k": keep_set.keep_k,
+                            "num_shared_experts": keep_set.num_shared, "pruning_method": method}
     tail = {"experts_kept_per_layer": [None if kept is None else list(kept) for kept in keep_set.experts]}
     if keep_set.method == "random":
         return {**head, "seed": keep_set.seed, **tail}

@@ -128,6 +128,15 @@ def plan_prune(checkpoint: Checkpoint, keep_set: KeepSet, *, dtype: str | None =
     return PrunePlan(tuple(copies), config, len(dropped))
 
 
+def describe_plan(checkpoint: Checkpoint, plan: PrunePlan) -> dict[str, Any]:
+    """The plan in numbers for people and machines: experts of the largest layer and bytes, before and after."""
+    kept = plan.config.get("num_experts_per_layer") or [plan.config[check_layout(checkpoint).count_keys[0]]]
+    return {"experts": max(kept), "experts_before": max(experts_per_layer(checkpoint.config)),
+            "tensors": len(plan.copies), "tensors_before": len(checkpoint.tensors),
+            "bytes": plan.total_bytes, "bytes_before": checkpoint.total_bytes,
+            "experts_per_token": plan.config.get("num_experts_per_tok"), "dropped_layers": plan.dropped_layers}
+
+
 def _plan_tensor(checkpoint: Checkpoint, name: str, role: Role, new_index: list[dict[int, int]], dtype: str | None
                  ) -> Copy | None:
     info = checkpoint.tensors[name]

@@ -1,0 +1,62 @@
+"""`prune`: write the checkpoint that a selection describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emo_select.cli import common
+from emo_select.cli.common import OUTPUT, RUN
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command(rich_help_panel="Single stages")(prune)
+
+
+def prune(
+    selection: Annotated[Path, typer.Argument(help="A run directory, or a selection.json.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", show_default="the one selected on", rich_help_panel=RUN,
+                                              help="Hub id, folder or demo/NAME.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", show_default="selected_model beside the selection",
+                                             help="Folder of the pruned checkpoint.", rich_help_panel=OUTPUT)] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", show_default="as stored", rich_help_panel=OUTPUT,
+                                              help="Cast to bfloat16, float16 or float32.")] = None,
+    max_shard_size: Annotated[str | None, typer.Option("--max-shard-size", show_default="5GB", rich_help_panel=OUTPUT,
+                                                       help="Largest file, such as 500MB.")] = None,
+    allow_nonuniform: Annotated[bool, typer.Option(
+        "--allow-nonuniform", help="Let layers keep different numbers of experts.", rich_help_panel=RUN)] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.", rich_help_panel=OUTPUT)] = False,
+    dry_run: common.DryRun = False,
+    as_json: common.AsJson = False,
+) -> None:
+    """Write the pruned checkpoint of a selection, without ever loading the model.
+
+    The result has the source's own layout and loads wherever that loads. An interrupted call goes on where it was.
+    """
+    from emo_select.checkpoint import open_checkpoint
+    from emo_select.errors import SpecError
+    from emo_select.experts.keepset import KeepSet
+    from emo_select.experts.prune import describe_plan, plan_prune, prune_checkpoint
+    from emo_select.progress import say
+
+    path = selection / "selection.json" if selection.is_dir() else selection
+    keep_set = KeepSet.load(path)
+    source = model or keep_set.model
+    if source is None:
+        raise SpecError(f"{path} does not say which model it is for; name it with --model.")
+    target = out or path.parent / "selected_model"
+    if target.exists() and not (force or dry_run):
+        raise SpecError(f"{target} is already there; pass --force to replace it, or choose another with --out.")
+    with open_checkpoint(source) as checkpoint:
+        summary = describe_plan(checkpoint, plan_prune(checkpoint, keep_set, allow_nonuniform=allow_nonuniform))
+    if not dry_run:
+        prune_checkpoint(source, keep_set, target, dtype=dtype, max_shard_size=max_shard_size,
+                         allow_nonuniform=allow_nonuniform)
+    if as_json:
+        common.emit({**summary, "directory": str(target), "written": not dry_run})
+    else:
+        say(f"{'Would write' if dry_run else 'Wrote'} {target}: {summary['experts']} experts per layer of "
+            f"{summary['experts_before']}, {summary['bytes'] / 1e9:.2f} GB of {summary['bytes_before'] / 1e9:.2f} GB.")
