@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +20,27 @@ def digest(parts: Iterable[Any]) -> str:
     return hashlib.sha256("".join(f"{part}\x1e" for part in parts).encode()).hexdigest()
 
 
-@lru_cache(maxsize=1)
-def load(shared: Path, name: str) -> tuple[Task, Mapping[str, Any]]:
-    golden = json.loads(gzip.decompress((shared / "golden/tasks/prompts" / f"{name}.json.gz").read_bytes()))
-    return get_tasks([name], shared / "data")[0], golden
+Case = tuple[Task, Mapping[str, Any]]
 
 
-@pytest.fixture
-def case(shared_dir: Path, name: str) -> tuple[Task, Mapping[str, Any]]:
-    return load(shared_dir, name)
+@pytest.fixture(scope="module", params=NAMES)
+def case(shared_dir: Path, request: pytest.FixtureRequest) -> Case:
+    """Each task with its reference file, once for all tests of this module."""
+    path = shared_dir / "golden/tasks/prompts" / f"{request.param}.json.gz"
+    return get_tasks([request.param], shared_dir / "data")[0], json.loads(gzip.decompress(path.read_bytes()))
 
 
 def keys(task: Task, golden: Mapping[str, Any], split: str) -> list[Any]:
-    """The key of every row of a split, as the golden file makes it (see its field `key`)."""
-    field = golden["key"]
-    if split == "validation":
-        split = "train"
-    rows = [row for stored in getattr(task.rule, split)(task.sources) for row in task.expand(stored)]
-    if field.startswith("the field"):
-        return [row[field.split()[-1]] for row in rows]
-    if "of" in field and field.startswith("sha256"):
-        return [text_key(row[field.split(" of ")[1].split()[0]]) for row in rows]
+    """The key of every row of a split, made as the field `key` of the reference file says."""
+    rule = getattr(task.rule, "train" if split == "validation" else split)
+    rows = [row for stored in rule(task.sources) for row in task.expand(stored)]
+    how = golden["key"]
+    if how.startswith("the field "):
+        return [row[how.split()[-1]] for row in rows]
+    if how.endswith("context + ' ' + question"):
+        return [text_key(f"{row['context']} {row['question']}") for row in rows]
+    if how.startswith("sha256[:12] of "):
+        return [text_key(row[how.split()[2]]) for row in rows]
     return [row["id"] for row in rows]
 
 
@@ -50,8 +49,7 @@ def same_block(task: Task, golden: Mapping[str, Any]) -> bool:
     return golden["fewshot"] != "curated"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_split_orders_and_sizes(case):
+def test_split_orders_and_sizes(case: Case) -> None:
     task, golden = case
     for split in ("train", "validation", "test"):
         assert digest(keys(task, golden, split)) == golden["digests"][f"{split}_keys"], split
@@ -63,8 +61,7 @@ def test_split_orders_and_sizes(case):
             assert (len(task.docs("train")), len(task.docs("test"))) == task.sizes
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_calibration_and_finetuning_texts(case):
+def test_calibration_and_finetuning_texts(case: Case) -> None:
     task, golden = case
     expected = golden["digests"]
     zero_shot = [example.text for example in task.examples("validation", num_shots=0)]
@@ -81,12 +78,11 @@ def test_calibration_and_finetuning_texts(case):
     assert all(example.answer.startswith(" ") for example in task.examples("train", limit=50))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_requests_of_every_test_document(case):
+def test_requests_of_every_test_document(case: Case) -> None:
     task, golden = case
     shots = None if same_block(task, golden) else 0
     inserted = "" if shots is None else golden["prompt"]["fewshot_block"]
-    header = golden["prompt"].get("description", "")
+    header = (golden["prompt"] or {}).get("description", "")
     asked = [task.requests(doc, shots) for doc in task.docs("test")]
 
     def context(text: str) -> str:
@@ -110,8 +106,7 @@ def test_requests_of_every_test_document(case):
         assert digest(f"{one.context}\x1f{one.continuation}" for one in prior) == expected["unconditional"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_single_documents(case):
+def test_single_documents(case: Case) -> None:
     task, golden = case
     same = same_block(task, golden)
     for entry in [*(golden["requests"] if same else []), *golden["requests_0shot"]]:
@@ -134,13 +129,15 @@ def test_single_documents(case):
             assert doc["contexts"] == entry["doc_texts"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_names_shots_and_metric(case):
+def test_names_shots_and_metric(case: Case) -> None:
     task, golden = case
     assert task.alias == golden["reference_task_names"]["test"]
     assert task.default_shots == golden["num_shots"]
     assert task.primary_metric == golden["primary_metric"]
     assert task.name == golden["task"]
-    block = golden["prompt"].get("fewshot_block")
-    if block and same_block(task, golden):
+    assert [f"task-{task.alias.replace(':', '_')}-{kind}" for kind in ("metrics.json", "predictions.jsonl")] == (
+        golden["result_files"]
+    )
+    if golden["prompt"] and same_block(task, golden):
+        block = golden["prompt"]["fewshot_block"]
         assert task.prefix(task.docs("test")[0]) == golden["prompt"]["description"] + block
