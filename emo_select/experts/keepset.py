@@ -18,6 +18,7 @@ from emo_select.models.families import (
     always_active_per_layer,
     experts_per_layer,
     family_of,
+    groups_per_token,
     num_groups,
     shared_per_layer,
     top_k,
@@ -99,7 +100,7 @@ def shared_kept(config: Mapping[str, Any], keep_set: KeepSet) -> list[int]:
 def pruned_top_k(config: Mapping[str, Any], kept: int) -> int:
     """Experts per token of a model whose smallest layer keeps `kept` experts: top-k shrinks when it must."""
     groups = num_groups(config)
-    reachable = kept if groups == 1 else kept // groups * int(config.get("topk_group") or groups)
+    reachable = kept if groups == 1 else kept // groups * groups_per_token(config)
     return min(top_k(config), reachable)
 
 

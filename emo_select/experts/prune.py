@@ -29,6 +29,7 @@ from emo_select.experts.keepset import (
 )
 from emo_select.models.families import (
     COUNT_KEYS,
+    FLOATING,
     Family,
     Role,
     always_active_per_layer,
@@ -41,7 +42,6 @@ from emo_select.tree import link_or_copy, require_space, staged_directory, write
 # Small files that belong to a checkpoint; weights in other formats and training state do not.
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 REPLACED = {"config.json", INDEX, "pruning_metadata.json", "experts.json", "expert_mask.json", "trainer_state.json"}
-FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ Scoring = Literal["softmax", "sigmoid", "softmax_of_top_k"]
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 # Any of these that a config happens to have is kept in step with the count, so that no stale twin wins on loading.
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+FLOATING = ("F64", "F32", "F16", "BF16")
 DENSE_TYPES = ("llama", "olmo", "olmo2", "olmo3", "olmo2_noqknorm_prenorm", "qwen2", "qwen3", "mistral", "gemma2")
 
 
@@ -76,7 +77,7 @@ class Family:
     router: tuple[str, ...]  # disk tensors with one row (or entry) per expert that are not expert weights
     layer_counts: Callable[[Config, Family], list[int]]  # E of each layer, 0 for dense ones
     count_keys: tuple[str, ...] = ("num_experts",)  # the first one present is believed; all are written
-    defaults: Mapping[str, int] = field(default_factory=dict)  # of absent config keys, as the architecture's class
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of absent config keys, as the architecture's class
     aliases: tuple[str, ...] = ()  # other model_type values of the same architecture
     listed_shared: bool = False  # the last num_shared_experts rows of the router are shared experts
     separate_shared: tuple[str, ...] = ()  # submodules of always-on experts that the router does not list
@@ -130,7 +131,7 @@ def _uniform(config: Config, family: Family) -> list[int]:
 
 
 def _dense_first(config: Config, family: Family) -> list[int]:
-    dense = family.value(config, "first_k_dense_replace") or 0
+    dense = int(family.value(config, "first_k_dense_replace") or 0)
     return [0 if layer < dense else _count(config, family) for layer in range(_layers(config, family))]
 
 
@@ -161,6 +162,8 @@ def _swiglu(experts: str, gate: str = "gate_proj", up: str = "up_proj", down: st
             Fused("mlp.experts.down_proj", (f"{experts}.{{e}}.{down}.weight",)))
 
 
+_CORRECTED_ROUTER = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
+
 FAMILIES: tuple[Family, ...] = (
     Family("emo", "EmoDecoderLayer", _swiglu("mlp.experts"), ("mlp.gate.weight",), _listed,
            defaults={"num_experts": 7, "num_experts_per_tok": 5, "num_shared_experts": 0, "num_hidden_layers": 32,
@@ -168,6 +171,39 @@ FAMILIES: tuple[Family, ...] = (
            aliases=("flex_olmo_noqknorm_prenorm",), listed_shared=True, per_layer_keys=True),
     Family("olmoe", "OlmoeDecoderLayer", _swiglu("mlp.experts"), ("mlp.gate.weight",), _uniform,
            defaults={"num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16, "hidden_size": 2048}),
+    Family("flex_olmo", "FlexOlmoDecoderLayer", _swiglu("mlp.experts"), ("mlp.gate.weight",), _uniform,
+           defaults={"num_experts": 7, "num_experts_per_tok": 5, "num_hidden_layers": 32, "hidden_size": 4096}),
+    Family("mixtral", "MixtralDecoderLayer", _swiglu("block_sparse_moe.experts", "w1", "w3", "w2"),
+           ("block_sparse_moe.gate.weight",), _uniform, count_keys=("num_local_experts",),
+           renames=((".block_sparse_moe.", ".mlp."),),
+           defaults={"num_local_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 32, "hidden_size": 4096}),
+    Family("qwen2_moe", "Qwen2MoeDecoderLayer", _swiglu("mlp.experts"), ("mlp.gate.weight",), _sparse_step,
+           separate_shared=("mlp.shared_expert", "mlp.shared_expert_gate"),
+           defaults={"num_experts": 60, "num_experts_per_tok": 4, "num_hidden_layers": 24, "hidden_size": 2048}),
+    # transformers 4.57 and vLLM read num_experts; transformers 5 reads and saves num_local_experts.
+    Family("qwen3_moe", "Qwen3MoeDecoderLayer", _swiglu("mlp.experts"), ("mlp.gate.weight",), _sparse_step,
+           count_keys=("num_experts", "num_local_experts"),
+           defaults={"num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 24, "hidden_size": 2048}),
+    Family("deepseek_v2", "DeepseekV2DecoderLayer", _swiglu("mlp.experts"), ("mlp.gate.weight",), _dense_first,
+           count_keys=("n_routed_experts",), separate_shared=("mlp.shared_experts",), groups=True,
+           defaults={"n_routed_experts": 64, "num_hidden_layers": 32, "hidden_size": 4096, "topk_method": "greedy"}),
+    Family("deepseek_v3", "DeepseekV3DecoderLayer", _swiglu("mlp.experts"), _CORRECTED_ROUTER, _dense_first,
+           count_keys=("n_routed_experts",), separate_shared=("mlp.shared_experts",), scoring="sigmoid", groups=True,
+           extra_layers_key="num_nextn_predict_layers",
+           defaults={"n_routed_experts": 256, "num_experts_per_tok": 8, "num_hidden_layers": 61, "hidden_size": 7168,
+                     "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4}),
+    Family("glm4_moe", "Glm4MoeDecoderLayer", _swiglu("mlp.experts"), _CORRECTED_ROUTER, _dense_first,
+           count_keys=("n_routed_experts",), separate_shared=("mlp.shared_experts",), scoring="sigmoid", groups=True,
+           extra_layers_key="num_nextn_predict_layers",
+           defaults={"n_routed_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 46, "hidden_size": 4096,
+                     "first_k_dense_replace": 1}),
+    Family("gpt_oss", "GptOssDecoderLayer",
+           tuple(Fused(name, (name,)) for name in ("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias",
+                                                   "mlp.experts.down_proj", "mlp.experts.down_proj_bias")),
+           ("mlp.router.weight", "mlp.router.bias"), _uniform, count_keys=("num_local_experts",),
+           router_module="mlp.router", scoring="softmax_of_top_k",
+           defaults={"num_local_experts": 128, "num_experts_per_tok": 4, "num_hidden_layers": 36,
+                     "hidden_size": 2880}),
 )
 
 
@@ -226,7 +262,14 @@ def top_k(config: Config) -> int:
 
 def num_groups(config: Config) -> int:
     """Equal groups that each layer's experts are divided into (1: none)."""
-    return int(config.get("n_group") or 1) if family_of(config).groups else 1
+    family = family_of(config)
+    grouped = family.groups and family.value(config, "topk_method") != "greedy"
+    return int(family.value(config, "n_group") or 1) if grouped else 1
+
+
+def groups_per_token(config: Config) -> int:
+    """How many of those groups a token's experts may come from."""
+    return int(family_of(config).value(config, "topk_group") or num_groups(config))
 
 
 @dataclass(frozen=True)
@@ -334,13 +377,16 @@ def _check_layer(checkpoint: Checkpoint, family: Family, layer: int, count: int,
     first: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, suffix in expected.items():
         info = checkpoint.info(name)
+        if info.dtype not in FLOATING:
+            raise ModelError(f"{name} is quantised ({info.dtype}); selection and pruning need the bfloat16 or float32 "
+                             "original.")
         if first.setdefault(suffix, (info.shape, info.dtype)) != (info.shape, info.dtype):
             raise CheckpointError(f"{name} has shape {list(info.shape)} ({info.dtype}), its neighbours have "
                                   f"{list(first[suffix][0])} ({first[suffix][1]}).")
         if suffix in family.row_names and info.shape[:1] != (count,):
             raise CheckpointError(f"{name} has shape {list(info.shape)}, but config.json counts {count} experts in "
                                   f"layer {layer}.")
-        if len(info.shape) > 1 and hidden not in info.shape:
+        if "bias" not in suffix and hidden not in info.shape:
             raise CheckpointError(f"{name} has shape {list(info.shape)}, but config.json says hidden_size {hidden}.")
 
 
