@@ -48,7 +48,7 @@ def console() -> Console:
 def say(message: str) -> None:
     """Print one line of talk to stderr, unless quiet. `message` is plain text, never markup."""
     if not _state.quiet:
-        _state.console.print(message, markup=False, highlight=False)
+        _state.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def talk(renderable: RenderableType) -> None:

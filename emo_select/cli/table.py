@@ -1,0 +1,146 @@
+"""`table`, `plot`, `report`, `compare`: everything that reads a finished tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from emo_select import progress
+from emo_select.cli.common import OUTPUT, AsJson, OutputDir, emit
+
+if TYPE_CHECKING:
+    from emo_select.tables import Filters, Layout, Problem, Records, Table
+
+FILTER = "Filters"
+PROBLEMS_SHOWN = 20
+
+
+class Kind(StrEnum):
+    """Which table."""
+
+    summary = "summary"
+    main = "main"
+    calibration = "calibration"
+    results = "results"
+
+
+class Style(StrEnum):
+    """How tables are written."""
+
+    text = "text"
+    csv = "csv"
+    tsv = "tsv"
+    markdown = "markdown"
+    latex = "latex"
+
+
+class Rows(StrEnum):
+    """Which rows the main and calibration tables have."""
+
+    auto = "auto"
+    published = "published"
+    found = "found"
+
+
+class Checkpoint(StrEnum):
+    """Which checkpoint of a run the main and calibration tables read."""
+
+    last = "last"
+    first = "first"
+    both = "both"
+
+
+ModelFilter = Annotated[list[str] | None, typer.Option("--model", "-m", help="Only this model (repeatable).",
+                                                       rich_help_panel=FILTER)]
+TaskFilter = Annotated[list[str] | None, typer.Option("--task", "-t", help="Only this task.", rich_help_panel=FILTER)]
+GroupFilter = Annotated[list[str] | None, typer.Option("--group", "-g", help="Only this group of tasks.",
+                                                       rich_help_panel=FILTER)]
+MethodFilter = Annotated[list[str] | None, typer.Option("--method", help="Only this method.", rich_help_panel=FILTER)]
+KeepKFilter = Annotated[list[int] | None, typer.Option("--keep-k", "-k", help="Only this keep-k.",
+                                                       rich_help_panel=FILTER)]
+Labels = Annotated[Path | None, typer.Option("--labels", help="YAML with names, order and groups; see docs/tables.md.",
+                                             rich_help_panel=OUTPUT)]
+Cached = Annotated[bool, typer.Option("--cache/--no-cache", help="Reuse what unchanged files held last time.",
+                                      rich_help_panel=OUTPUT)]
+
+
+def table(
+    kind: Annotated[Kind, typer.Argument(help="summary: averages, drops, sizes; main: the published per-metric "
+                                              "tables; calibration: by number of examples; results: models side by "
+                                              "side with win counts.")] = Kind.summary,
+    output_dir: OutputDir = None,
+    models: ModelFilter = None,
+    tasks: TaskFilter = None,
+    groups: GroupFilter = None,
+    methods: MethodFilter = None,
+    keep_ks: KeepKFilter = None,
+    metrics: Annotated[list[str] | None, typer.Option("--metric", help="Metric (repeatable for main); else those that "
+                                                                       "the paper reports.")] = None,
+    checkpoint: Annotated[Checkpoint, typer.Option("--checkpoint", help="For main and calibration: last is after "
+                                                                        "finetuning, first before.")] = Checkpoint.last,
+    rows: Annotated[Rows, typer.Option("--rows", help="For main and calibration: the published rows, those found, or "
+                                                      "published where the tree has such models.")] = Rows.auto,
+    style: Annotated[Style, typer.Option("--format", help="How to write it.", rich_help_panel=OUTPUT)] = Style.text,
+    to: Annotated[Path | None, typer.Option("--to", help="Write files into this folder instead of stdout.",
+                                            rich_help_panel=OUTPUT)] = None,
+    labels: Labels = None,
+    as_json: AsJson = False,
+    cached: Cached = True,
+) -> None:
+    """Show what a tree of runs measured; name every file that could not be used."""
+    from emo_select import tables
+
+    records, layout, filters = _read(output_dir, labels, cached, models, tasks, groups, methods, keep_ks)
+    made, problems = tables.make(
+        kind.value, records, layout, filters=filters, metrics=metrics or [], rows=rows.value,
+        checkpoints=[name for name in tables.CHECKPOINTS if checkpoint in (name, Checkpoint.both)],
+    )
+    _show(made, problems, style.value, to, as_json)
+
+
+def _read(
+    output_dir: str | None, labels: Path | None, cached: bool, models: list[str] | None, tasks: list[str] | None,
+    groups: list[str] | None, methods: list[str] | None, keep_ks: list[int] | None,
+) -> tuple[Records, Layout, Filters]:
+    from emo_select.tables import Filters, load_layout, load_tree
+
+    layout = load_layout(labels)
+    filters = Filters(tuple(models or ()), tuple(tasks or ()), tuple(groups or ()), tuple(methods or ()),
+                      tuple(keep_ks or ()))
+    return load_tree(output_dir, cached=cached), layout, filters
+
+
+def _show(made: Sequence[Table], problems: Sequence[Problem], style: str, to: Path | None, as_json: bool) -> None:
+    from emo_select.tables import problems_table, render, write_tables
+
+    listed = problems_table(problems)
+    if as_json:
+        emit({"tables": [{"name": t.name, "rows": t.records()} for t in made], "problems": listed.records()})
+        return
+    if to is not None:
+        files = write_tables([*made, listed], to, style)
+        progress.say(f"Wrote {len(files)} files below {to}.")
+    else:
+        for one in made:
+            heading = f"{one.name}\n\n" if len(made) > 1 else ""
+            typer.echo(heading + render(one, style))
+    _complain(problems)
+
+
+def _complain(problems: Sequence[Problem]) -> None:
+    """The first problems on stderr, one line each."""
+    if problems:
+        progress.say(f"Problems ({len(problems)}):")
+    for problem in problems[:PROBLEMS_SHOWN]:
+        progress.say(f"  {problem.kind}: {problem.path}: {problem.message}")
+    if len(problems) > PROBLEMS_SHOWN:
+        progress.say(f"  … and {len(problems) - PROBLEMS_SHOWN} more; --to DIR writes all of them to problems.*.")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command()(table)

@@ -1,0 +1,73 @@
+"""Remember what small files held, by path, size and time stamp, so that a large tree is parsed once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from emo_select.tree import write_bytes
+
+FORMAT = 1  # raise when the parsed content changes its shape
+
+
+@dataclass
+class FileCache:
+    """Parsed content of the files below one root; written back on exit when something changed."""
+
+    root: Path
+    file: Path | None
+    old: dict[str, Any] = field(default_factory=dict)
+    new: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, root: Path, *, enabled: bool = True) -> FileCache:
+        """The cache of the tree at `root`; a damaged or outdated cache file counts as empty."""
+        if not enabled:
+            return cls(root, None)
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+        file = home / "emo-select" / f"tables-{name}.json"
+        return cls(root, file, _stored(file))
+
+    def read(self, path: Path, parse: Callable[[bytes], dict[str, Any]]) -> dict[str, Any] | None:
+        """`parse` of the file's bytes, or None where there is no file; unchanged files are not opened."""
+        try:
+            found = path.stat()
+        except OSError:
+            return None
+        key, mark = str(path.relative_to(self.root)), [found.st_size, found.st_mtime_ns]
+        kept = self.old.get(key)
+        if kept is None or kept[0] != mark:
+            try:
+                kept = [mark, parse(path.read_bytes())]
+            except OSError as error:
+                return {"error": f"It cannot be read ({error.strerror})."}
+        self.new[key] = kept
+        content: dict[str, Any] = kept[1]
+        return content
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self.file is not None and self.new != self.old:
+            with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+                write_bytes(self.file, json.dumps({"format": FORMAT, "files": self.new}).encode())
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+        files = content["files"] if content["format"] == FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return files if isinstance(files, dict) else {}

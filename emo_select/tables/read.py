@@ -1,0 +1,292 @@
+"""Read a run tree into plain records: one `Run` per run directory, one `Result` per evaluated checkpoint.
+
+Only the first and the last checkpoint of a run are read. Whatever cannot be used becomes a `Problem` that names the
+file, so that a hole in a table always has a reason. Metrics are numbers as written, fractions of 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from emo_select.errors import SpecError, UsageError
+from emo_select.spec import RunName, RunSpec, parse_directory_name
+from emo_select.tables.cache import FileCache
+from emo_select.tree import RunPaths, Tree, numbered_checkpoints
+
+# The published scripts spell a seed into the middle of the shots part; read it as what was meant.
+_ODD_SEED = re.compile(r"_(pshots|eshots)_pseed-(\d+)-(\d+)")
+_NOT_RUNS = ("activations",)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something in the tree that a table could not use."""
+
+    kind: str
+    path: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The metrics of one checkpoint: name -> mean over `count` documents; `errors`: standard errors where known."""
+
+    metrics: dict[str, float]
+    count: int | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """All that tells two rows apart, once seeds are pooled."""
+
+    model: str
+    keep_k: int | None
+    """Experts kept per layer; None for a model that skips selection or a run folder named by its task alone."""
+    method: str
+    examples: int | None = None
+    shots: int | None = None
+    eval_shots: int | None = None
+    batch_size: int = 32
+    learning_rate: str = "5e-5"
+    epochs: float = 1.0
+    variant: str | None = None
+
+    @property
+    def default_calibration(self) -> bool:
+        """All examples, the task's own shots."""
+        return self.examples is None and self.shots is None and self.eval_shots is None
+
+    def note(self) -> str:
+        """What differs from the published default, in words; empty where nothing does."""
+        parts = [
+            f"{self.examples} example{'s' * (self.examples != 1)}" if self.examples is not None else "",
+            f"{self.shots}-shot selection" if self.shots is not None else "",
+            f"{self.eval_shots}-shot eval" if self.eval_shots is not None else "",
+            f"batch {self.batch_size}" if self.batch_size != 32 else "",
+            f"lr {self.learning_rate}" if self.learning_rate != "5e-5" else "",
+            f"{self.epochs:g} epochs" if self.epochs != 1 else "",
+            f"variant {self.variant}" if self.variant else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run directory."""
+
+    directory: str
+    """Path below the tree's root."""
+    task: str
+    setting: Setting
+    seed: int
+    results: dict[int, Result | None]
+    """First and last checkpoint step -> metrics; None where the metrics cannot be had."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """run.json, where there is one."""
+    odd_name: bool = False
+
+    @property
+    def first(self) -> Result | None:
+        """The lowest-numbered checkpoint: before finetuning where it is checkpoint-0."""
+        return self.results[min(self.results)] if self.results else None
+
+    @property
+    def last(self) -> Result | None:
+        """The highest-numbered checkpoint."""
+        return self.results[max(self.results)] if self.results else None
+
+    @property
+    def before(self) -> Result | None:
+        """checkpoint-0: the pruned model before finetuning."""
+        return self.results.get(0)
+
+    @property
+    def after(self) -> Result | None:
+        """The last checkpoint after finetuning; None for a run that was not finetuned."""
+        return self.last if self.results and max(self.results) > 0 else None
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """The completion record of a stage; empty where there is none."""
+        stages = self.record.get("stages")
+        found = stages.get(name) if isinstance(stages, dict) else None
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """Size of the pruned checkpoint's weight files, also after they were dropped."""
+        outputs = self.stage("prune").get("outputs")
+        sizes = outputs.items() if isinstance(outputs, dict) else ()
+        return sum(size for name, size in sizes if name.endswith(".safetensors")) or None
+
+    @property
+    def peak_memory(self) -> int | None:
+        """Peak bytes of the evaluation: of the GPU where one was used, else resident."""
+        done = [self.stage(f"eval/checkpoint-{step}") for step in self.results]
+        peaks = [d.get("peak_gpu_memory") or d.get("peak_memory") for d in done]
+        return max((peak for peak in peaks if isinstance(peak, int)), default=None)
+
+
+@dataclass(frozen=True)
+class Records:
+    """A tree's content."""
+
+    root: Path
+    runs: list[Run]
+    problems: list[Problem]
+
+
+def load_tree(root: str | Path | None = None, *, cached: bool = True) -> Records:
+    """Read every run below `root` (default: EMO_SELECT_OUTPUT_DIR, else ./selective_evals_final).
+
+    Files that did not change since the last call (same size and time stamp) come from a cache below
+    $XDG_CACHE_HOME/emo-select. Raises `UsageError` where the root does not exist.
+    """
+    tree = Tree.at(root)
+    if not tree.root.is_dir():
+        raise UsageError(f"There is no run tree at {tree.root}; name one with --output-dir or start `emo-select run`.")
+    with FileCache.of(tree.root, enabled=cached) as cache:
+        reader = _Reader(tree.root, cache)
+        runs = [reader.run(model, name) for model, name in _directories(tree.root)]
+    found = [run for run in runs if run is not None]
+    return Records(tree.root, _without_doubles(found), reader.problems)
+
+
+def _directories(root: Path) -> Iterator[tuple[str, str]]:
+    for model in _folders(root):
+        for name in _folders(root / model):
+            if name not in _NOT_RUNS:
+                yield model, name
+
+
+def _folders(path: Path) -> list[str]:
+    with os.scandir(path) as entries:
+        return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+
+
+def _without_doubles(runs: list[Run]) -> list[Run]:
+    """Drop an oddly spelled run where one of the same meaning has the proper name."""
+    proper = {(run.task, run.setting, run.seed) for run in runs if not run.odd_name}
+    return [run for run in runs if not run.odd_name or (run.task, run.setting, run.seed) not in proper]
+
+
+@dataclass
+class _Reader:
+    root: Path
+    cache: FileCache
+    problems: list[Problem] = field(default_factory=list)
+
+    def run(self, model: str, name: str) -> Run | None:
+        paths = RunPaths(self.root / model / name)
+        parsed = _parse(name)
+        bare = parsed is None and paths.results.is_dir()
+        if parsed is None and not bare:
+            self.problem("not a run", paths.directory, "The folder's name is not a run name; it is left out.")
+            return None
+        record = self.record(paths.record)
+        setting, seed, task = _bare(model, name) if parsed is None else _named(model, parsed)
+        if parsed is not None and record:
+            setting, seed = self.recorded(paths.record, record, setting, seed)
+        return Run(
+            directory=f"{model}/{name}", task=task, setting=setting, seed=seed, results=self.results(paths),
+            record=record,
+            odd_name=bool(_ODD_SEED.search(name)),
+        )
+
+    def recorded(self, path: Path, record: dict[str, Any], setting: Setting, seed: int) -> tuple[Setting, int]:
+        """What run.json knows and the name does not say: a random draw's seed, whether the model skips selection."""
+        try:
+            spec = RunSpec.parse(record["spec"])
+        except (SpecError, KeyError, TypeError) as error:
+            self.problem("run.json", path, f"Its spec cannot be read ({error}); the folder's name is used.")
+            return setting, seed
+        unseeded = spec.model_copy(update={"calibration": spec.calibration.model_copy(update={"seed": 0})})
+        keep_k = spec.keep_k if spec.selects else None
+        return replace(setting, keep_k=keep_k, variant=unseeded.variant), spec.calibration.seed
+
+    def record(self, path: Path) -> dict[str, Any]:
+        value = self.cache.read(path, _parse_json)
+        if value is None:
+            return {}
+        if not isinstance(value.get("value"), dict):
+            self.problem("run.json", path, value.get("error") or "It is not a JSON object.")
+            return {}
+        return dict(value["value"])
+
+    def results(self, paths: RunPaths) -> dict[int, Result | None]:
+        steps = numbered_checkpoints(paths.results)
+        if not steps:
+            self.problem("no results", paths.directory, "The run has no evaluated checkpoint.")
+        return {step: self.result(paths.result(step)) for step in dict.fromkeys((*steps[:1], *steps[-1:]))}
+
+    def result(self, folder: Path) -> Result | None:
+        names = [entry.name for entry in os.scandir(folder)]
+        name = min((n for n in names if n.startswith("task-") and n.endswith("-metrics.json")), default=None)
+        if name is None:
+            self.problem("no metrics", folder, "The checkpoint has no task-*-metrics.json.")
+            return None
+        value = self.cache.read(folder / name, _parse_metrics) or {"error": "It cannot be read."}
+        for message in [value["error"]] if "error" in value else value["notes"]:
+            self.problem("metrics", folder / name, message)
+        return None if "error" in value else Result(value["metrics"], value["count"], value["errors"])
+
+    def problem(self, kind: str, path: Path, message: str) -> None:
+        self.problems.append(Problem(kind, str(path.relative_to(self.root)), message))
+
+
+def _parse(name: str) -> RunName | None:
+    return parse_directory_name(_ODD_SEED.sub(r"_pseed-\2_\1-\3", name))
+
+
+def _named(model: str, name: RunName) -> tuple[Setting, int, str]:
+    setting = Setting(
+        model=model, keep_k=name.keep_k, method=name.method, examples=name.num_examples, shots=name.num_shots,
+        eval_shots=name.eval_shots, batch_size=name.batch_size, learning_rate=name.learning_rate,
+        epochs=name.epochs, variant=name.variant,
+    )
+    return setting, name.seed, name.task
+
+
+def _bare(model: str, task: str) -> tuple[Setting, int, str]:
+    return Setting(model=model, keep_k=None, method="layerwise"), 0, task
+
+
+def _parse_json(data: bytes) -> dict[str, Any]:
+    try:
+        return {"value": json.loads(data)}
+    except ValueError as error:
+        return {"error": f"It is not JSON ({error})."}
+
+
+def _parse_metrics(data: bytes) -> dict[str, Any]:
+    """The numbers of one metrics file, as plain data that the cache can hold."""
+    parsed = _parse_json(data)
+    if "error" in parsed:
+        return parsed
+    content = parsed["value"]
+    if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
+        return {"error": "It has no `metrics` object."}
+    metrics, notes = _numbers(content["metrics"])
+    count = content.get("num_instances")
+    errors, _ = _numbers(content.get("standard_errors") or {})
+    return {"metrics": metrics, "notes": notes, "errors": errors, "count": count if isinstance(count, int) else None}
+
+
+def _numbers(values: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
+    """Numbers, booleans and numeric strings as floats; nested objects are skipped, anything else is noted."""
+    numbers: dict[str, float] = {}
+    notes: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, dict | list):
+            continue
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError):
+            notes.append(f"{name} is {json.dumps(value)}, not a number.")
+    return numbers, notes
