@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,8 +69,7 @@ class Planner:
         self.budget = budget
         self.lengths = np.array([len(row.tokens) for row in self.rows])
         self.free = np.array([row.first_scored for row in self.rows])
-        pairs = zip(self.rows, self.rows[1:], strict=False)
-        self.lcp = np.array([0] + [common_prefix(a.tokens, b.tokens) for a, b in pairs])
+        self.lcp = np.array([0] + [common_prefix(a.tokens, b.tokens) for a, b in pairwise(self.rows)])
         self._added = np.cumsum(self.lengths - self.lcp)
 
     def plan(self) -> list[Block]:
@@ -103,7 +103,7 @@ class Planner:
 
     def _packs(self, rows: Ids, base: int) -> list[list[int]]:
         """Cut rows (ascending) into packs, preferring a cut where little of the trie is run twice."""
-        joins = np.array([self._join(a, b) for a, b in zip(rows, rows[1:], strict=False)], dtype=np.int64)
+        joins = np.array([self._join(a, b) for a, b in pairwise(rows)], dtype=np.int64)
         joins = np.maximum(np.concatenate([[base], joins]), base)
         lengths = self.lengths[rows]
         added = np.cumsum(lengths - joins)
@@ -133,7 +133,7 @@ def common_prefix(a: Ids, b: Ids) -> int:
 
 def build_pack(inputs: Sequence[ScoredInput], base: int) -> Pack:
     """Lay the trie of `inputs` (lexicographic order) out as one sequence behind a prefix of `base` tokens."""
-    shared = [base, *(max(base, common_prefix(a.tokens, b.tokens)) for a, b in zip(inputs, inputs[1:], strict=False))]
+    shared = [base, *(max(base, common_prefix(a.tokens, b.tokens)) for a, b in pairwise(inputs))]
     size = sum(len(row.tokens) - join for row, join in zip(inputs, shared, strict=True))
     tokens, positions = np.empty(size, np.int64), np.empty(size, np.int64)
     allowed = np.zeros((size, size), bool)

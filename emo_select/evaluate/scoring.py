@@ -1,0 +1,152 @@
+"""Log-likelihoods of continuations: each distinct prefix token once, the head only where something is scored.
+
+Source of the idea: prefix trees with tree attention, as used for speculative decoding (SpecInfer, arXiv 2305.09781).
+A pack is one sequence whose attention mask lets a token see its own ancestors only; positions are those of the
+token in its own input, so rotary embeddings are the same as in separate sequences.
+
+Legend: P cached prefix tokens, N new tokens of a pack, U scored positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from transformers.cache_utils import Cache, DynamicLayer
+
+from emo_select.errors import NumericError, SpecError
+from emo_select.evaluate.prefixes import Block, Ids, Pack, Planner, ScoredInput, build_pack
+
+HEAD_ELEMENTS = 1 << 25  # logits that are turned into float32 probabilities at a time
+
+
+@dataclass
+class Counters:
+    """Work done so far, in tokens."""
+
+    prefix: int = 0
+    packed: int = 0
+    stock: int = 0
+    forwards: int = 0
+
+    @property
+    def total(self) -> int:
+        """All tokens that went through the decoder."""
+        return self.prefix + self.packed + self.stock
+
+
+class PrefixLayer(DynamicLayer):
+    """Keeps the states of the first forward; later forwards see them in front of their own and leave no trace."""
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+class SharedPrefixScorer:
+    """Scores many (input, continuation) pairs with one decoder.
+
+    `budget` is the number of new tokens per forward; it is halved for good when memory runs out.
+    """
+
+    def __init__(self, model: Any, budget: int, counters: Counters | None = None) -> None:
+        self.model, self.budget, self.counters = model, budget, counters or Counters()
+        self.device = model.get_input_embeddings().weight.device
+
+    def score(self, inputs: Sequence[ScoredInput], targets: Sequence[Ids]) -> Iterator[tuple[int, float, bool]]:
+        """Yield (index, summed log-probability of its targets in nats, whether all of them are the argmax).
+
+        Results come in the order in which they are computed. `targets[i]` are the token ids of the continuation,
+        one per scored position of `inputs[i]`.
+        """
+        waiting = set(range(len(inputs)))
+        while waiting:
+            try:
+                for index, total, greedy in self._attempt(inputs, targets, sorted(waiting)):
+                    waiting.discard(index)
+                    yield index, total, greedy
+            except RuntimeError as error:
+                self.budget = halved(self.budget, error)
+
+    def _attempt(
+        self, inputs: Sequence[ScoredInput], targets: Sequence[Ids], chosen: Sequence[int]
+    ) -> Iterator[tuple[int, float, bool]]:
+        rows = [inputs[index] for index in chosen]
+        for block in Planner(rows, self.budget).plan():
+            prefix = self._encode_prefix(block)
+            for members in block.packs:
+                pack = build_pack([rows[member] for member in members], block.length)
+                indices = [chosen[member] for member in members]
+                yield from zip(indices, *self._run(pack, prefix, [targets[index] for index in indices]), strict=True)
+
+    @torch.inference_mode()
+    def _encode_prefix(self, block: Block) -> Cache | None:
+        if not block.length:
+            return None
+        cache = Cache(layer_class_to_replicate=PrefixLayer)
+        ids = torch.from_numpy(block.prefix)[None].to(self.device)
+        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.counters.prefix += block.length
+        self.counters.forwards += 1
+        return cache
+
+    @torch.inference_mode()
+    def _run(self, pack: Pack, prefix: Cache | None, targets: Sequence[Ids]) -> tuple[list[float], list[bool]]:
+        where, owner = np.unique(np.concatenate(pack.scored), return_inverse=True)
+        logits = self.model(
+            input_ids=torch.from_numpy(pack.tokens)[None].to(self.device),
+            position_ids=torch.from_numpy(pack.positions)[None].to(self.device),
+            attention_mask=self._mask(pack, prefix.get_seq_length() if prefix else 0),
+            past_key_values=prefix,
+            use_cache=prefix is not None,
+            logits_to_keep=torch.from_numpy(where).to(self.device),
+        ).logits[0]
+        self.counters.packed += len(pack.tokens)
+        self.counters.forwards += 1
+        chosen, best = gather_log_probs(logits, torch.from_numpy(owner), torch.from_numpy(np.concatenate(targets)))
+        ends = np.cumsum([len(target) for target in targets])[:-1]
+        return [float(part.sum()) for part in np.split(chosen, ends)], [bool(p.all()) for p in np.split(best, ends)]
+
+    def _mask(self, pack: Pack, prefix_length: int) -> torch.Tensor:
+        """Additive attention mask (1, 1, N, P + N)."""
+        hidden = torch.from_numpy(np.pad(~pack.allowed, ((0, 0), (prefix_length, 0)))).to(self.device)
+        dtype = self.model.dtype
+        return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(
+            hidden, torch.finfo(dtype).min)[None, None]
+
+
+def gather_log_probs(
+    logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Log-probability (float64, natural log) of `targets[j]` at `logits[rows[j]]`, and whether it is the argmax.
+
+    `logits` is (U, V); the softmax is taken in float32, a block of rows at a time.
+    """
+    rows, targets = rows.to(logits.device), targets.to(logits.device)
+    normalisers, argmax = [], []
+    for part in logits.split(max(1, HEAD_ELEMENTS // logits.shape[-1])):
+        normalisers.append(torch.logsumexp(part.float(), dim=-1))
+        argmax.append(part.argmax(dim=-1))
+    chosen = logits[rows, targets].float() - torch.cat(normalisers)[rows]
+    if not bool(torch.isfinite(chosen).all()):
+        raise NumericError("The model gives log-probabilities that are NaN or infinite; check its weights or use "
+                           "--dtype float32.")
+    return chosen.double().cpu().numpy(), (torch.cat(argmax)[rows] == targets).cpu().numpy()
+
+
+def halved(budget: int, error: RuntimeError) -> int:
+    """The budget to go on with after running out of memory; any other error is raised again."""
+    if not should_reduce_batch_size(error):
+        raise error
+    if budget < 2:
+        raise SpecError("Not even one token fits into memory; use a larger device, --device-map auto, or bfloat16.") \
+            from error
+    clear_device_cache(garbage_collection=True)
+    return budget // 2

@@ -1,0 +1,75 @@
+"""Whether a decoder can take packed inputs: asked of its configuration, then of the model itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from emo_select.evaluate.prefixes import ScoredInput
+from emo_select.evaluate.scoring import SharedPrefixScorer
+
+PROBE_PREFIX, PROBE_BUDGET = 70, 96  # long enough to be cached, and more than one pack
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+LOW_PRECISION_TOLERANCE = 0.15
+
+
+def why_not(model: Any, max_length: int) -> str | None:
+    """Why this model has to take the stock path, or None when packing gives its own numbers."""
+    return _configuration_forbids(model.config.get_text_config(), max_length) or _probe_fails(model)
+
+
+def _configuration_forbids(config: Any, max_length: int) -> str | None:
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"{config._attn_implementation} attention takes no custom mask"
+    for name in ("sliding_window", "attention_chunk_size"):
+        window = getattr(config, name, None)
+        if window and window < max_length and _is_local(config):
+            return f"its attention is limited to {window} tokens"
+    return None
+
+
+def _is_local(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return any(kind != "full_attention" for kind in kinds)
+    return bool(getattr(config, "use_sliding_window", True))
+
+
+def _probe_fails(model: Any) -> str | None:
+    """Score a few made-up continuations packed and one by one; both have to agree."""
+    inputs, targets = _probe(model.config.get_text_config().vocab_size)
+    try:
+        scorer = SharedPrefixScorer(model, PROBE_BUDGET)
+        packed = {index: total for index, total, _ in scorer.score(inputs, targets)}
+        plain = [_plain_score(model, row, target) for row, target in zip(inputs, targets, strict=True)]
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, NotImplementedError) as error:
+        return f"it does not take a cached prefix with a custom mask ({type(error).__name__})"
+    allowed = TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE)
+    worst = max(abs(packed[index] - total) / scale for index, (total, scale) in enumerate(plain))
+    return None if worst < allowed else f"packed and separate inputs differ by {worst:.1e}"
+
+
+def _probe(vocab_size: int) -> tuple[list[ScoredInput], list[np.ndarray[Any, Any]]]:
+    rng = np.random.default_rng(0)
+    prefix = rng.integers(0, vocab_size, PROBE_PREFIX)
+    inputs, targets = [], []
+    for _ in range(4):
+        context = np.concatenate([prefix, rng.integers(0, vocab_size, 12)])
+        for _ in range(2):
+            continuation = rng.integers(0, vocab_size, 9)
+            inputs.append(ScoredInput(np.concatenate([context, continuation[:-1]]), len(context) - 1))
+            targets.append(continuation)
+    return inputs, targets
+
+
+@torch.inference_mode()
+def _plain_score(model: Any, row: ScoredInput, target: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Summed log-probability by one plain forward, and the spread of the logits as its scale."""
+    ids = torch.from_numpy(row.tokens)[None].to(model.get_input_embeddings().weight.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, row.first_scored :].float()
+    chosen = logits.log_softmax(-1).gather(-1, torch.from_numpy(target)[:, None].to(logits.device))
+    return float(chosen.sum()), float(logits.std()) * len(target) ** 0.5
