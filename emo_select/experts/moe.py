@@ -1,0 +1,210 @@
+"""The experts half of a decoder layer, run on packed tokens, and what can be measured while it runs.
+
+Shapes: T tokens, E experts of the layer, K experts per token, D hidden, S = T·K assignments sorted by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from emo_select.experts.rules import LayerRules
+from emo_select.experts.scores import LayerSums
+
+GroupRows = Sequence[tuple[int, Tensor | None]]
+
+
+class Recorder:
+    """Adds to `sums` what router, experts and block of one layer show for each batch.
+
+    Set `group_rows` (see `Batch.group_rows`) before each batch. Only statistics that `sums` holds are computed.
+    """
+
+    def __init__(self, sums: LayerSums, rules: LayerRules, scoring: str) -> None:
+        self.sums, self.rules, self.scoring = sums, rules, scoring
+        self.group_rows: GroupRows = ((0, None),)
+        self._index, self._gates, self._probability = torch.empty(0), torch.empty(0), torch.empty(0)
+        self._norms: Tensor | None = None
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether expert outputs have to be measured."""
+        return "norm" in self.sums.values
+
+    def routed(self, logits: Tensor, gates: Tensor, index: Tensor) -> None:
+        """Router output: logits (T, E), routing weights and expert indices (T, K)."""
+        probability = self.probabilities(logits)
+        self._index, self._gates, self._probability = index, gates.float(), probability.gather(1, index)
+        self._add("probability", probability)
+        self._add_chosen("count", torch.ones_like(self._gates))
+        self._add_chosen("gate", self._gates)
+
+    def measured(self, norms: Tensor) -> None:
+        """L2 norms (T, K) in fp32 of the chosen experts' outputs, before weighting."""
+        self._norms = norms
+        self._add_chosen("norm", norms)
+        self._add_chosen("reap", self._renormalised() * norms)
+
+    def finished(self, hidden: Tensor, output: Tensor) -> None:
+        """Input and output (T, D) of the whole block, separate shared experts included."""
+        if self._norms is None or "easy_ep" not in self.sums.values:
+            return
+        before = hidden.float()
+        turned = (1 - F.cosine_similarity(before, before + output.float(), dim=-1)).clamp(min=0)
+        self._add_chosen("easy_ep", self._probability * self._norms * turned[:, None])
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Router probabilities (T, E) in fp32: softmax, listed shared experts apart; a sigmoid router's affinities.
+
+        With always-active experts one softmax covers all, as in the model.
+        """
+        logits = logits.float()
+        if self.scoring == "sigmoid":
+            return logits.sigmoid()
+        if self.rules.always_active or not self.rules.shared:
+            return logits.softmax(dim=-1)
+        parts = logits.split([self.rules.routed, self.rules.shared], dim=-1)
+        return torch.cat([part.softmax(dim=-1) for part in parts], dim=-1)
+
+    def _renormalised(self) -> Tensor:
+        """Gates divided by their sum over the token's top-k, routed and shared apart."""
+        shared = self._index >= self.rules.routed
+        routed_sum = self._gates.masked_fill(shared, 0).sum(-1, keepdim=True)
+        shared_sum = self._gates.masked_fill(~shared, 0).sum(-1, keepdim=True)
+        return self._gates / torch.where(shared, shared_sum, routed_sum).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _add(self, name: str, per_token: Tensor) -> None:
+        if name in self.sums.values:
+            self.sums.add(name, per_token, self.group_rows)
+
+    def _add_chosen(self, name: str, per_choice: Tensor) -> None:
+        if name in self.sums.values:
+            self.sums.add_chosen(name, self._index, per_choice, self.group_rows)
+
+
+class StreamedExperts(nn.Module):
+    """Experts whose weights were read from disk, in place of a layer's own expert module.
+
+    `template` is that module (on the meta device): it tells activation, layout and biases. `weights` are its tensors
+    by name with the loaded experts on axis 0; `rows` (E,) maps the router's indices to them, None if they agree.
+    """
+
+    def __init__(self, template: nn.Module, weights: Mapping[str, Tensor], rows: Tensor | None = None,
+                 recorder: Recorder | None = None) -> None:
+        super().__init__()
+        self._template: tuple[Any] = (template,)  # hidden from the module tree: it has no weights
+        self.weights, self.rows, self.recorder = dict(weights), rows, recorder
+
+    def forward(self, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        """Weighted sum of the chosen experts' outputs: hidden (T, D), index and gates (T, K) → (T, D)."""
+        loaded = index if self.rows is None else self.rows[index]
+        order = torch.argsort(loaded.flatten(), stable=True)
+        counts = torch.bincount(loaded.flatten(), minlength=len(self.weights["down_proj"]))
+        outputs = self._outputs(hidden, order // index.shape[1], counts, loaded.flatten()[order])
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        place = place.view(index.shape)
+        if self.recorder is not None and self.recorder.needs_norms:
+            norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
+            self.recorder.measured(norms[place])
+        return combine(outputs, place, gates)
+
+    def _outputs(self, hidden: Tensor, tokens: Tensor, counts: Tensor, experts: Tensor) -> Tensor:
+        """Expert outputs (S, D), sorted by expert."""
+        template = self._template[0]
+        apply = _grouped if _has_grouped_kernel(hidden) else _one_by_one
+        return apply(template, self.weights, hidden, tokens, counts, experts)
+
+
+def combine(outputs: Tensor, place: Tensor, gates: Tensor) -> Tensor:
+    """Σ_k gates · outputs[place]: outputs (S, D), place and gates (T, K) → (T, D)."""
+    if outputs.device.type == "cpu" and outputs.dtype == torch.float32:
+        # one pass over `outputs` instead of three: gather, scale and add in a single kernel
+        return F.embedding_bag(place, outputs, per_sample_weights=gates.to(outputs.dtype), mode="sum")
+    return (outputs[place] * gates[..., None].to(outputs.dtype)).sum(dim=1).to(outputs.dtype)
+
+
+def _has_grouped_kernel(hidden: Tensor) -> bool:
+    return (hidden.device.type == "cuda" and hidden.dtype == torch.bfloat16
+            and torch.cuda.get_device_capability(hidden.device) >= (8, 0))
+
+
+def _one_by_one(template: Any, weights: Mapping[str, Tensor], hidden: Tensor, tokens: Tensor, counts: Tensor,
+                experts: Tensor) -> Tensor:
+    """One matrix product per expert that has tokens; every intermediate stays small enough for the cache."""
+    outputs = hidden.new_empty(len(tokens), hidden.shape[-1])
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            stop = start + count
+            outputs[start:stop] = _run_expert(template, weights, expert, hidden.index_select(0, tokens[start:stop]))
+            start = stop
+    return _post_norm(template, outputs)
+
+
+def _run_expert(template: Any, weights: Mapping[str, Tensor], expert: int, inputs: Tensor) -> Tensor:
+    inner = _linear(inputs, weights, "gate_up_proj", expert, template.is_transposed)
+    return _linear(template._apply_gate(inner), weights, "down_proj", expert, template.is_transposed)
+
+
+def _linear(inputs: Tensor, weights: Mapping[str, Tensor], name: str, expert: int, transposed: bool) -> Tensor:
+    weight = weights[name][expert]
+    bias = weights.get(f"{name}_bias")
+    return F.linear(inputs, weight.T if transposed else weight, None if bias is None else bias[expert])
+
+
+def _grouped(template: Any, weights: Mapping[str, Tensor], hidden: Tensor, tokens: Tensor, counts: Tensor,
+             experts: Tensor) -> Tensor:
+    """All experts in two grouped matrix products (bf16 on a GPU)."""
+    stops = counts.cumsum(0).to(torch.int32)
+    values = hidden.index_select(0, tokens)
+    for name in ("gate_up_proj", "down_proj"):
+        weight = weights[name] if template.is_transposed else weights[name].transpose(-2, -1)
+        values = F.grouped_mm(values, weight, offs=stops)
+        if f"{name}_bias" in weights:
+            values = values + weights[f"{name}_bias"][experts]
+        if name == "gate_up_proj":
+            values = template._apply_gate(values)
+    return _post_norm(template, values)
+
+
+def _post_norm(template: Any, outputs: Tensor) -> Tensor:
+    return template.post_expert_norm(outputs) if template.has_post_expert_norm else outputs
+
+
+class NoAttention(nn.Module):
+    """Stands in for attention where only the experts half of a layer runs: it adds nothing to the residual."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Zeros of the input's shape, and no attention weights."""
+        return torch.zeros_like(hidden_states), None
+
+
+class NoExperts(nn.Module):
+    """Stands in for the experts block where only the attention half of a layer runs; keeps the block's input."""
+
+    def __init__(self, returns: Literal["tensor", "pair"]) -> None:
+        super().__init__()
+        self.returns, self.seen = returns, torch.empty(0)
+
+    def forward(self, hidden: Tensor) -> Any:
+        """Zeros, as a tensor or with the router scores' place empty, as the block itself returns."""
+        self.seen = hidden
+        zeros = torch.zeros_like(hidden)
+        return (zeros, None) if self.returns == "pair" else zeros
+
+
+def attach(block: nn.Module, router: nn.Module, recorder: Recorder) -> None:
+    """Let `recorder` see what `router` and the whole `block` return."""
+    def after_router(module: nn.Module, inputs: Any, output: Any) -> None:
+        recorder.routed(*output)
+
+    def after_block(module: nn.Module, inputs: Any, output: Any) -> None:
+        value = output[0] if isinstance(output, tuple) else output
+        recorder.finished(inputs[0].reshape(-1, inputs[0].shape[-1]), value.reshape(-1, value.shape[-1]))
+
+    router.register_forward_hook(after_router)
+    block.register_forward_hook(after_block)

@@ -1,0 +1,131 @@
+"""What every streamed pass needs: the calibration tokens packed, the model's layers, memory, progress."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from emo_select import progress
+from emo_select.checkpoint import Checkpoint
+from emo_select.errors import SpecError
+from emo_select.experts.batches import Batch, pack
+from emo_select.experts.options import StreamOptions
+from emo_select.experts.rules import LayerRules, layer_rules
+from emo_select.experts.scores import LayerSums
+from emo_select.experts.states import Budget, HiddenStates
+from emo_select.experts.stream import Embedded, Reader, Skeleton
+from emo_select.experts.team import Team
+from emo_select.models.families import experts_per_layer
+
+EVERYTHING = "all"  # the group of examples that were given none
+
+
+class Pass:
+    """One calibration set on its way through one checkpoint.
+
+    Attributes:
+        groups, tokens, examples: example groups, with their numbers of tokens and examples over all processes.
+        batches: this process's part, packed.
+        layers: number of decoder layers.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, token_ids: Sequence[Sequence[int]], groups: Sequence[str] | None,
+                 options: StreamOptions, num_shared: int | None = None) -> None:
+        _require_tokens(token_ids)
+        self.checkpoint, self.device, self.dtype = checkpoint, options.torch_device(), options.torch_dtype()
+        self.team = Team.join(self.device)
+        self.rules: list[LayerRules | None] = layer_rules(checkpoint.config, num_shared)
+        self.layers = len(experts_per_layer(checkpoint.config))
+        self._count(token_ids, groups or [EVERYTHING] * len(token_ids))
+        self.batches = pack([len(ids) for ids in self._ids], options.batch_tokens())
+        self.rows = self.batches[-1].stop if self.batches else 0
+        self.budget = Budget(self.device, options.budget_bytes(), options.scratch)
+        self.reader = Reader(checkpoint, self.device, self.dtype)
+        self.skeleton = Skeleton(checkpoint, self.device, self.dtype)
+        self.key = _digest(checkpoint.fingerprint, token_ids, groups, self.dtype, options.batch_tokens(),
+                           self.team.size)
+
+    def _count(self, token_ids: Sequence[Sequence[int]], groups: Sequence[str]) -> None:
+        self.groups = list(dict.fromkeys(groups))
+        number = {group: i for i, group in enumerate(self.groups)}
+        self.tokens, self.examples = [0] * len(number), [0] * len(number)
+        for ids, group in zip(token_ids, groups, strict=True):
+            self.tokens[number[group]] += len(ids)
+            self.examples[number[group]] += 1
+        mine = self.team.share(len(token_ids))
+        self._ids = [token_ids[i] for i in mine]
+        self._group_of = [number[groups[i]] for i in mine]
+
+    def embedded(self) -> Embedded:
+        """The tokens before the first layer."""
+        return Embedded(self.reader, self._ids)
+
+    def new_states(self) -> HiddenStates:
+        """Room for the hidden states of this process's tokens."""
+        width = self.skeleton.config.hidden_size
+        return self.budget.allocate(self.rows, width, self.dtype)
+
+    def group_rows(self, batch: Batch) -> list[tuple[int, torch.Tensor | None]]:
+        """See `Batch.group_rows`."""
+        return batch.group_rows(self._group_of)
+
+    def new_sums(self, layer: int, names: Sequence[str]) -> LayerSums:
+        """Zeros for an MoE layer."""
+        rules = self.rules[layer]
+        assert rules is not None
+        return LayerSums(len(self.groups), rules.experts, names, self.device)
+
+    def complete(self, sums: LayerSums, layer: int) -> None:
+        """Add the other processes' sums and make sure that all are finite."""
+        self.team.add_up(sums)
+        sums.check(layer)
+
+    @contextmanager
+    def running(self, what: str, streams: int = 1) -> Iterator[Meter]:
+        """Inference mode, progress, and the reader closed at the end."""
+        try:
+            with torch.inference_mode(), progress.track(what, total=self.layers * self.rows * streams) as bar:
+                yield Meter(bar, self.layers)
+        finally:
+            self.reader.close()
+
+
+class Meter:
+    """Progress of a pass, counted in tokens × layers: layer, tokens per second, peak memory."""
+
+    def __init__(self, bar: progress.Bar, layers: int) -> None:
+        self._bar, self._layers, self._layer = bar, layers, 0
+        self._begun, self._done = time.monotonic(), 0
+
+    def layer(self, layer: int, skipped: int = 0) -> None:
+        """A layer begins; `skipped` tokens × layers were done by an earlier process."""
+        self._layer = layer
+        self._bar.advance(skipped)
+
+    def advance(self, tokens: int) -> None:
+        """A batch has passed the layer."""
+        self._done += tokens
+        rate = self._done / max(time.monotonic() - self._begun, 1e-9)
+        self._bar.advance(tokens, f"layer {self._layer + 1}/{self._layers}, {rate:,.0f} tokens/s, "
+                                  f"peak {peak_memory() / 1e9:.1f} GB")
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _require_tokens(token_ids: Sequence[Sequence[int]]) -> None:
+    if not any(len(ids) for ids in token_ids):
+        raise SpecError("The calibration set is empty; choose a task with examples in its selection split, or give "
+                        "texts with --calibration.")
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

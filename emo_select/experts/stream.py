@@ -1,0 +1,298 @@
+"""One decoder layer at a time: read it from the shards, run it on every calibration batch, forget it.
+
+A transformers model is built on the meta device, where it has structure but no weights. For a layer, a fresh module
+of its class gets the tensors that are needed. All families here compute x + attention(norm(x)) and then
+r + experts(norm(r)), so replacing one of the two submodules by a stand-in that returns zeros runs the other half
+alone, by transformers' own code:
+
+- the attention half needs attention, norms and router (the layer's *shell*), no expert;
+- the experts half needs no attention and no padding, and only the experts that are kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emo_select.checkpoint import Checkpoint
+from emo_select.errors import CheckpointError, ModelError, NumericError
+from emo_select.experts.batches import Batch
+from emo_select.experts.keepset import KeepSet
+from emo_select.experts.moe import NoAttention, NoExperts, Recorder, StreamedExperts, attach
+from emo_select.experts.prune import pruned_config
+from emo_select.models.families import (
+    ParameterSource,
+    check_layout,
+    experts_per_layer,
+    layer_parameters,
+    read_parameter,
+)
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Shell:
+    """A layer's tensors by their name within the layer, all but the expert weights."""
+
+    layer: int
+    tensors: Mapping[str, Tensor]
+    expert_rows: frozenset[str]
+    """Names whose axis 0 runs over the layer's experts."""
+
+    def kept(self, experts: Sequence[int]) -> dict[str, Tensor]:
+        """The tensors with only these experts' rows."""
+        return {name: tensor[list(experts)] if name in self.expert_rows else tensor
+                for name, tensor in self.tensors.items()}
+
+
+class Reader:
+    """Reads layers onto a device, the next shell in a thread while the present layer computes."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.family = check_layout(checkpoint)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._ahead: dict[tuple[str, int], Future[Any]] = {}
+
+    def shell(self, layer: int) -> Shell:
+        """The layer's shell, from the prefetch if there is one."""
+        ahead = self._ahead.pop(("shell", layer), None)
+        return ahead.result() if ahead else self._read_shell(layer)
+
+    def experts(self, layer: int, kept: Sequence[int]) -> dict[str, Tensor]:
+        """Expert tensors by name (gate_up_proj, down_proj, …) with `kept` on axis 0, in the compute precision."""
+        ahead = self._ahead.pop(("experts", layer), None)
+        return ahead.result() if ahead else self._read_experts(layer, kept)
+
+    def prefetch_shell(self, layer: int) -> None:
+        """Start reading the next shell."""
+        if layer < len(experts_per_layer(self.checkpoint.config)):
+            self._ahead["shell", layer] = self._thread.submit(self._read_shell, layer)
+
+    def prefetch_experts(self, layer: int, kept: Sequence[int]) -> None:
+        """Start reading expert weights: onto a GPU, or, to hold only one layer in memory, into the page cache."""
+        if self.device.type == "cuda":
+            self._ahead["experts", layer] = self._thread.submit(self._read_experts, layer, kept)
+        else:
+            self.warm(layer, kept)
+
+    def warm(self, layer: int, kept: Sequence[int]) -> None:
+        """Let the kernel read expert weights into its page cache."""
+        self._thread.submit(self._warm, layer, kept)
+
+    def rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Rows of a tensor, on the device in the compute precision."""
+        return self._finite(name, self.checkpoint.read(name, rows)).to(self.device, self.dtype)
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _read_shell(self, layer: int) -> Shell:
+        sources = layer_parameters(self.checkpoint, layer, experts=())
+        names = [source.parameter.removeprefix(f"model.layers.{layer}.") for source in sources]
+        tensors = {name: self._read(source).to(self.device) for name, source in zip(names, sources, strict=True)}
+        rows = frozenset(name for name, source in zip(names, sources, strict=True)
+                         if source.tensor is not None and self.family.role(source.tensor).kind == "rows")
+        return Shell(layer, tensors, rows)
+
+    def _read_experts(self, layer: int, kept: Sequence[int]) -> dict[str, Tensor]:
+        return {source.parameter.rpartition(".")[2]: self._read(source).to(self.device, self.dtype)
+                for source in self._expert_sources(layer, kept)}
+
+    def _expert_sources(self, layer: int, kept: Sequence[int]) -> list[ParameterSource]:
+        return [source for source in layer_parameters(self.checkpoint, layer, kept) if source.is_experts]
+
+    def _read(self, source: ParameterSource) -> Tensor:
+        values = read_parameter(self.checkpoint, source)
+        if source.blocks:
+            for names, block in zip(source.blocks, values, strict=True):
+                self._finite(names[0] if len(names) == 1 else f"{names[0]} or {names[1]}", block)
+            return values
+        return self._finite(source.tensor or source.parameter, values)
+
+    def _finite(self, name: str, values: Tensor) -> Tensor:
+        # a sum is one pass over memory; only if it overflows or meets NaN is every element looked at
+        if values.is_floating_point() and not values.sum(dtype=torch.float32).isfinite() \
+                and not values.isfinite().all():
+            raise NumericError(f"The weights {name} of {self.checkpoint.directory} contain NaN or infinity; download "
+                               "or save the checkpoint again.")
+        return values
+
+    def _warm(self, layer: int, kept: Sequence[int]) -> None:
+        for source in self._expert_sources(layer, kept):
+            for name in [source.tensor] if source.tensor else [n for block in source.blocks for n in block]:
+                descriptor = self.checkpoint.file(self.checkpoint.info(name).shard)
+                for offset, count in self.checkpoint.ranges(name, source.rows):
+                    os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_WILLNEED)
+
+
+class Skeleton:
+    """The model without weights, and the halves of its layers as functions."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.source, self.device, self.dtype = checkpoint.config, device, dtype
+        self.family = check_layout(checkpoint)
+        self.config = _transformers_config(self.source)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa", dtype=dtype)
+        self.base: Any = model.model.eval()
+        self._classes = [type(layer) for layer in self.base.layers]
+        self.base.layers = nn.ModuleList(_Skip() for _ in self._classes)
+        self.base.embed_tokens, self.base.norm = nn.Identity(), nn.Identity()
+        self.base.rotary_emb = type(self.base.rotary_emb)(self.config).to(device)
+
+    def attention_half(self, shell: Shell) -> AttentionHalf:
+        """Attention of the shell's layer; afterwards `router_input` holds what its router and experts would see."""
+        layer = self._layer(shell.layer, self.config)
+        block = layer.get_submodule(self.family.moe_module)
+        # a block whose router is called `router` (gpt_oss) returns its scores too
+        stand_in = NoExperts("pair" if hasattr(block, "router") else "tensor")
+        setattr(layer, self.family.moe_module, stand_in)
+        tensors = {name: t for name, t in shell.tensors.items() if not name.startswith(f"{self.family.moe_module}.")}
+        fill(layer, tensors, self.dtype, shell.layer)
+        return AttentionHalf(self.base, shell.layer, layer, stand_in)
+
+    def router(self, shell: Shell) -> nn.Module:
+        """The router of the unpruned layer."""
+        router = self._layer(shell.layer, self.config).get_submodule(self.family.router_module)
+        prefix = f"{self.family.router_module}."
+        fill(router, {name.removeprefix(prefix): t for name, t in shell.tensors.items() if name.startswith(prefix)},
+             self.dtype, shell.layer)
+        return router
+
+    def experts_half(self, shell: Shell, weights: Mapping[str, Tensor], *, kept: Sequence[int] | None = None,
+                     rows: Tensor | None = None, recorder: Recorder | None = None) -> ExpertsHalf:
+        """What follows attention: experts of an MoE layer (only `kept` of them), or the MLP of a dense one.
+
+        `weights` and `rows` are those of `StreamedExperts`. With `kept`, the layer is built from the configuration
+        that the pruned checkpoint will have, so it computes exactly what that checkpoint does.
+        """
+        config = self.config if kept is None else self._pruned_config(shell.layer, kept)
+        layer = self._layer(shell.layer, config)
+        layer.self_attn = NoAttention()
+        block = layer.get_submodule(self.family.moe_module)
+        if weights:
+            template = block.get_submodule(self.family.experts_module.rpartition(".")[2])
+            block.experts = StreamedExperts(template, weights, rows, recorder)
+        if recorder is not None:
+            attach(block, layer.get_submodule(self.family.router_module), recorder)
+        tensors = shell.tensors if kept is None else shell.kept(kept)
+        fill(layer, {name: t for name, t in tensors.items() if not name.startswith("self_attn.")}, self.dtype,
+             shell.layer)
+        return ExpertsHalf(layer)
+
+    def _layer(self, index: int, config: Any) -> nn.Module:
+        with torch.device("meta"):
+            layer: nn.Module = self._classes[index](config, index)
+        return layer.eval()
+
+    def _pruned_config(self, layer: int, kept: Sequence[int]) -> Any:
+        counts = experts_per_layer(self.source)
+        alone = self.family.per_layer_keys  # else all layers have the same count anyway
+        experts = tuple(None if not count else tuple(kept) if index == layer or not alone else tuple(range(count))
+                        for index, count in enumerate(counts))
+        keep_set = KeepSet(experts=experts, method="layerwise", keep_k=len(kept))
+        return _transformers_config(pruned_config(self.source, self.family, keep_set))
+
+
+class AttentionHalf:
+    """r = x + attention(norm(x)) of one layer, with the mask and rotary tables that the model itself makes."""
+
+    def __init__(self, base: Any, index: int, layer: nn.Module, stand_in: NoExperts) -> None:
+        self._base, self._index, self._layer, self._stand_in = base, index, layer, stand_in
+
+    def __call__(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """(T, D) packed → (T, D) packed."""
+        self._base.layers[self._index] = self._layer
+        try:
+            output = self._base(inputs_embeds=batch.pad(hidden), use_cache=False).last_hidden_state
+        finally:
+            self._base.layers[self._index] = _Skip()
+        return batch.unpad(output)
+
+    def router_input(self, batch: Batch) -> Tensor:
+        """(T, D): what the router of this layer gets for the batch that just went through."""
+        return batch.unpad(self._stand_in.seen)
+
+
+class ExpertsHalf:
+    """r + experts(norm(r)) of one layer; tokens do not see each other here."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """(T, D) → (T, D)."""
+        output = self._layer(hidden[None], attention_mask=None, position_ids=None, position_embeddings=None)
+        value: Tensor = output[0] if isinstance(output, tuple) else output
+        return value.reshape(hidden.shape)
+
+
+class Embedded:
+    """The calibration tokens' embeddings; only rows of tokens that occur are read."""
+
+    def __init__(self, reader: Reader, token_ids: Sequence[Sequence[int]]) -> None:
+        self._ids, self._reader = token_ids, reader
+        used = sorted({token for ids in token_ids for token in ids})
+        size = reader.checkpoint.info(EMBEDDING).shape[0]
+        if used and not 0 <= used[0] <= used[-1] < size:
+            raise ModelError(f"The calibration tokens go up to id {used[-1]}, but the model knows {size} tokens; the "
+                             "tokenizer belongs to another vocabulary.")
+        self._table = reader.rows(EMBEDDING, used)
+        self._row = {token: row for row, token in enumerate(used)}
+
+    def read(self, batch: Batch) -> Tensor:
+        """(T, D) of a batch."""
+        rows = [self._row[token] for example in batch.examples for token in self._ids[example]]
+        return self._table[torch.tensor(rows, device=self._table.device)]
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, layer: int) -> None:
+    """Give a module on the meta device its weights (cast to `dtype`; buffers stay fp32).
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of another shape.
+    """
+    missing = {name: value.shape for name, value in (*module.named_parameters(), *module.named_buffers())
+               if value.is_meta}
+    for name, tensor in tensors.items():
+        if missing.pop(name, None) != tensor.shape:
+            raise CheckpointError(f"{name} of layer {layer} has shape {list(tensor.shape)}, which does not fit "
+                                  "config.json; the config belongs to another checkpoint.")
+        owner, _, leaf = name.rpartition(".")
+        place = module.get_submodule(owner)
+        if leaf in place._parameters:
+            place._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+        else:
+            place._buffers[leaf] = tensor.float()
+    if missing:
+        raise CheckpointError(f"Layer {layer} has no tensor {min(missing)}; config.json does not fit the weights.")
+
+
+def _transformers_config(config: Mapping[str, Any]) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from emo_select.models import register
+
+    register()
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    made._attn_implementation, made._experts_implementation = "sdpa", "eager"
+    return made
+
+
+class _Skip(nn.Module):
+    """A layer that leaves the hidden states alone."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The input."""
+        return hidden_states
