@@ -65,15 +65,23 @@ class Source(Protocol):
 
 
 Sources = Sequence[Source]
+Rows = Callable[[Sources], Sequence[Row]]
 
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Which rows, in which order, make up each split. Without `validation`, calibration uses the train split."""
+    """Which rows, in which order, make up each split. Without `validation`, calibration uses the train split.
 
-    train: Callable[[Sources], Sequence[Row]]
-    test: Callable[[Sources], Sequence[Row]]
-    validation: Callable[[Sources], Sequence[Row]] | None = None
+    Without `train`, the task can be evaluated, and calibrated on if it has `validation`, but not trained on.
+    """
+
+    train: Rows | None
+    test: Rows
+    validation: Rows | None = None
+
+    def present(self) -> list[str]:
+        """The splits that have rows of their own."""
+        return [split for split in SPLITS if getattr(self, split)]
 
 
 def position(row: Row, index: int) -> Any:
@@ -173,17 +181,32 @@ class Task(ABC):
         return self._docs[split]
 
     def _read_split(self, split: str) -> list[Doc]:
-        rows = [part for row in getattr(self.rule, split)(self.sources) for part in self.expand(row)]
+        choose: Rows | None = getattr(self.rule, split)
+        if choose is None:
+            raise TaskError(f"Task {self.name} has no {split} split to calibrate or train on; give texts of your own "
+                            "with --calibration FILE, and evaluate without finetuning.")
+        rows = [part for row in choose(self.sources) for part in self.expand(row)]
+        if not rows:
+            raise TaskError(f"Task {self.name} has no {split} rows ({self.dataset}).")
         return [self.document(row, index, split) for index, row in enumerate(rows)]
 
     def document(self, row: Row, index: int, split: str) -> Doc:
         """The document of one row. Raises `TaskError` naming the row and the field."""
         try:
             doc = {"native_id": self.native_id(row, index), "group": self.group_of(row), **self.read(row)}
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise TaskError(f"Task {self.name}, {split} row {index + 1}: {_reason(error)}.") from error
-        self.check(doc, f"Task {self.name}, {split} row {index + 1}")
+            self.check(doc)
+        except (TaskError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            where = row.get("_row", f"{split} row {index + 1}")
+            raise TaskError(f"Task {self.name}, {where}: {_reason(error)}.") from error
         return doc
+
+    def remarks(self, docs: Sequence[Doc]) -> dict[str, list[int]]:
+        """Positions of documents that are evaluated but odd, by what is odd about them; nothing is dropped."""
+        found: dict[str, list[int]] = {}
+        for index, doc in enumerate(docs):
+            for remark in self.oddities(doc):
+                found.setdefault(remark, []).append(index)
+        return found
 
     def subtasks(self) -> Sequence[Task]:
         """The tasks this one is made of (MMLU subjects); their test documents are those of this task, by group."""
@@ -222,8 +245,12 @@ class Task(ABC):
         ]
 
     @abstractmethod
-    def check(self, doc: Doc, where: str) -> None:
-        """Raise `TaskError`, beginning with `where`, for a document that cannot be asked."""
+    def check(self, doc: Doc) -> None:
+        """Raise `TaskError` (a clause) for a document that cannot be asked."""
+
+    @abstractmethod
+    def oddities(self, doc: Doc) -> list[str]:
+        """What is odd about a document that can be asked all the same."""
 
     @abstractmethod
     def prompt(self, doc: Doc) -> str:
@@ -274,6 +301,8 @@ class Task(ABC):
 def _reason(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"the field {error.args[0]!r} is missing"
+    if isinstance(error, TaskError):
+        return str(error)
     return f"{type(error).__name__}: {error}"
 
 

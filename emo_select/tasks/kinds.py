@@ -40,12 +40,17 @@ class MultipleChoice(Task):
     softloss: bool = True
     report_no_answer: bool = True
 
-    def check(self, doc: Doc, where: str) -> None:
+    def check(self, doc: Doc) -> None:
         count = len(doc["continuations"])
         if not count:
-            raise TaskError(f"{where}: there are no choices.")
+            raise TaskError("there are no choices")
         if not 0 <= doc["gold"] < count:
-            raise TaskError(f"{where}: the gold choice is number {doc['gold'] + 1} of only {count} choices.")
+            raise TaskError(f"the gold choice is number {doc['gold'] + 1}, counted from 1, of {count} choices")
+
+    def oddities(self, doc: Doc) -> list[str]:
+        asked = list(zip(doc["contexts"], doc["continuations"], strict=True))
+        found = ["duplicate_choices"] if len(set(asked)) < len(asked) else []
+        return found + (["empty_choices"] if any(not text.strip() for _, text in asked) else [])
 
     def prompt(self, doc: Doc) -> str:
         return str(doc["contexts"][doc["gold"]])
@@ -101,9 +106,9 @@ def score_drop(text: str, doc: Doc) -> Mapping[str, Any]:
     return m.drop_metrics(text, doc["references"])
 
 
-def score_gsm8k(text: str, doc: Doc) -> Mapping[str, Any]:
-    """exact_match of the last number."""
-    return {"exact_match": float(m.gsm8k_equal(m.gsm8k_number(text), doc["references"][0]))}
+def score_number(text: str, doc: Doc) -> Mapping[str, Any]:
+    """exact_match of the last number with that of the first reference."""
+    return {"exact_match": float(m.gsm8k_equal(m.gsm8k_number(text), m.gsm8k_number(str(doc["references"][0]))))}
 
 
 def score_exact(text: str, doc: Doc) -> Mapping[str, Any]:
@@ -129,9 +134,12 @@ class Generate(Task):
     by: str | None = None
     by_metrics: Iterable[str] = ("exact_match", "f1")
 
-    def check(self, doc: Doc, where: str) -> None:
+    def check(self, doc: Doc) -> None:
         if not doc["references"]:
-            raise TaskError(f"{where}: there is no reference answer.")
+            raise TaskError("there is no reference answer")
+
+    def oddities(self, doc: Doc) -> list[str]:
+        return [] if str(doc["answer"]).strip() else ["empty_answers"]
 
     def prompt(self, doc: Doc) -> str:
         return str(doc["context"])

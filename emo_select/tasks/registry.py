@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from emo_select.errors import UnknownNameError
+from emo_select.errors import TaskError, UnknownNameError
 from emo_select.tasks import mmlu, published
 from emo_select.tasks.base import Task
 
@@ -47,24 +47,42 @@ def get_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> list[
     A name is a group, a run name or its short form, an MMLU subject (`mmlu_anatomy`), a YAML file, or
     `lm-eval:NAME`. Raises `UnknownNameError` with the nearest names.
     """
-    known = list_tasks(data_dir)
+    folder = Path(data_dir) if data_dir else None
+    known = list_tasks(folder)
     chosen: dict[str, Task] = {}
     for name in names:
-        for task in _named(name, known, data_dir):
+        for task in _named(name, known, folder):
             chosen.setdefault(task.name, task)
     return list(chosen.values())
 
 
-def _named(name: str, known: Sequence[Task], data_dir: str | Path | None) -> Sequence[Task]:
-    by_name = {task.name: [task] for task in known} | {short_name(task.name): [task] for task in known}
-    by_group: dict[str, list[Task]] = {}
+def _named(name: str, known: Sequence[Task], data_dir: Path | None) -> Sequence[Task]:
+    if name.endswith((".yaml", ".yml")):
+        return [_user_task(Path(name), known)]
+    if name in _user_files:
+        return [_user_task(_user_files[name], known)]
+    by_name: dict[str, Sequence[Task]] = {}
     for task in known:
-        by_group.setdefault(task.group, []).append(task)
-    by_name = by_group | by_name
+        by_name[task.group] = [*by_name.get(task.group, ()), task]
+    for task in known:  # a task's name wins over a group's: both gsm8k mean the same
+        by_name[task.name] = by_name[short_name(task.name)] = [task]
     if name in by_name:
         return by_name[name]
     subjects = {prefix + subject: subject for values in mmlu.CATEGORIES.values() for subject in values
                 for prefix in ("mmlu_", "mmlu_merged_")}
     if name in subjects:
-        return mmlu.subject_tasks((subjects[name],), Path(data_dir) if data_dir else None)
+        return mmlu.subject_tasks((subjects[name],), data_dir)
     raise UnknownNameError("task", name, [*by_name, *subjects], "`emo-select tasks` lists them")
+
+
+_user_files: dict[str, Path] = {}  # task files loaded by this process, so that a run finds its task by name again
+
+
+def _user_task(path: Path, known: Sequence[Task]) -> Task:
+    from emo_select.tasks.userfile import load_task_file
+
+    task = load_task_file(path)
+    if task.name in {other for one in known for other in (one.name, short_name(one.name), one.group)}:
+        raise TaskError(f"{path}: the name {task.name!r} is taken by a task of emo-select; choose another one.")
+    _user_files[task.name] = path.resolve()
+    return task

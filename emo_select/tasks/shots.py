@@ -7,9 +7,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from emo_select.tasks.base import Doc, Row, Task
+from emo_select.tasks.base import Doc, Row, Task, no_shots
 
 logger = logging.getLogger(__name__)
+__all__ = ["by_identity", "by_row", "first_rows", "no_shots", "text_key", "written"]
 Shots = Callable[[Task], Mapping[str, Sequence[Doc]]]
 
 
