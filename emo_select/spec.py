@@ -49,6 +49,8 @@ class Calibration(Frozen):
     """Own texts (.jsonl, .txt, .parquet) in place of the task's."""
     max_length: Annotated[int, Field(ge=1)] = 4096
     """Tokens per text; longer texts lose their tail."""
+    thinking: bool | None = None
+    """Whether the model thinks in the chats of `file`; must be said where it holds chats."""
 
 
 class Lora(Frozen):
@@ -188,7 +190,8 @@ class RunSpec(Frozen):
         name += f"_nselective-{chosen.num_examples}" if chosen.num_examples is not None else ""
         name += f"_pseed-{chosen.seed}" if chosen.seed else ""
         name += f"_pshots-{chosen.num_shots}" if chosen.num_shots is not None else ""
-        extra = {key: value for key, value in _non_defaults(chosen).items() if key in ("file", "max_length")}
+        unnamed = ("file", "max_length", "thinking")
+        extra = {key: value for key, value in _non_defaults(chosen).items() if key in unnamed}
         return f"{name}_variant-{_digest(extra)}" if extra else name
 
     @property
@@ -209,7 +212,7 @@ class RunSpec(Frozen):
             "evaluation": {"num_shots"},
         }
         if self.method == "random":
-            named["calibration"] |= {"file", "max_length"}  # a random choice sees no texts
+            named["calibration"] |= {"file", "max_length", "thinking"}  # a random choice sees no texts
         for part, fields in named.items():
             rest = {key: value for key, value in _non_defaults(getattr(self, part)).items() if key not in fields}
             extra |= {part: rest} if rest else {}

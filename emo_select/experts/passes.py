@@ -6,7 +6,9 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 
 from emo_select import progress
@@ -46,8 +48,8 @@ class Pass:
         self.budget = Budget(self.device, options.budget_bytes(), options.scratch)
         self.reader = Reader(checkpoint, self.device, self.dtype)
         self.skeleton = Skeleton(checkpoint, self.device, self.dtype)
-        self.key = _digest(checkpoint.fingerprint, token_ids, groups, self.dtype, options.batch_tokens(),
-                           self.team.size)
+        self.key = _digest(checkpoint.fingerprint, self.dtype, options.batch_tokens(), self.team.size, num_shared,
+                           token_ids, groups)
 
     def _count(self, token_ids: Sequence[Sequence[int]], groups: Sequence[str]) -> None:
         self.groups = list(dict.fromkeys(groups))
@@ -127,5 +129,9 @@ def _require_tokens(token_ids: Sequence[Sequence[int]]) -> None:
                         "texts with --calibration.")
 
 
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+def _digest(*parts: Any) -> str:
+    *settings, token_ids, groups = parts
+    digest = hashlib.sha256(repr((settings, groups)).encode())
+    for ids in token_ids:
+        digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
+    return digest.hexdigest()

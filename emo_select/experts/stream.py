@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -242,19 +243,19 @@ class Embedded:
     """The calibration tokens' embeddings; only rows of tokens that occur are read."""
 
     def __init__(self, reader: Reader, token_ids: Sequence[Sequence[int]]) -> None:
-        self._ids, self._reader = token_ids, reader
-        used = sorted({token for ids in token_ids for token in ids})
+        self._ids = [np.asarray(ids, dtype=np.int64) for ids in token_ids]
+        used = np.unique(np.concatenate(self._ids)) if self._ids else np.empty(0, dtype=np.int64)
         size = reader.checkpoint.info(EMBEDDING).shape[0]
-        if used and not 0 <= used[0] <= used[-1] < size:
+        if len(used) and not 0 <= used[0] <= used[-1] < size:
             raise ModelError(f"The calibration tokens go up to id {used[-1]}, but the model knows {size} tokens; the "
                              "tokenizer belongs to another vocabulary.")
-        self._table = reader.rows(EMBEDDING, used)
-        self._row = {token: row for row, token in enumerate(used)}
+        self._used, self._table = used, reader.rows(EMBEDDING, used.tolist())
 
     def read(self, batch: Batch) -> Tensor:
         """(T, D) of a batch."""
-        rows = [self._row[token] for example in batch.examples for token in self._ids[example]]
-        return self._table[torch.tensor(rows, device=self._table.device)]
+        ids = np.concatenate([self._ids[example] for example in batch.examples])
+        rows = torch.from_numpy(np.searchsorted(self._used, ids))
+        return self._table[rows.to(self._table.device)]
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, layer: int) -> None:
