@@ -9,8 +9,13 @@ from emo_select.models.registration import register
 
 if TYPE_CHECKING:
     from emo_select.models.config import EmoConfig, FlexOlmoNoQKNormPrenormConfig, Olmo2NoQKNormPrenormConfig
-    from emo_select.models.dense import Olmo2NoQKNormPrenormForCausalLM
-    from emo_select.models.emo import EmoForCausalLM, FlexOlmoNoQKNormPrenormForCausalLM
+    from emo_select.models.dense import Olmo2NoQKNormPrenormForCausalLM, Olmo2NoQKNormPrenormModel
+    from emo_select.models.emo import (
+        EmoForCausalLM,
+        EmoModel,
+        FlexOlmoNoQKNormPrenormForCausalLM,
+        FlexOlmoNoQKNormPrenormModel,
+    )
     from emo_select.models.loading import load_model, load_tokenizer
 
 _LAZY = {
@@ -18,8 +23,11 @@ _LAZY = {
     "FlexOlmoNoQKNormPrenormConfig": "config",
     "Olmo2NoQKNormPrenormConfig": "config",
     "EmoForCausalLM": "emo",
+    "EmoModel": "emo",
     "FlexOlmoNoQKNormPrenormForCausalLM": "emo",
+    "FlexOlmoNoQKNormPrenormModel": "emo",
     "Olmo2NoQKNormPrenormForCausalLM": "dense",
+    "Olmo2NoQKNormPrenormModel": "dense",
     "load_model": "loading",
     "load_tokenizer": "loading",
 }
@@ -27,10 +35,13 @@ _LAZY = {
 __all__ = [
     "EmoConfig",
     "EmoForCausalLM",
+    "EmoModel",
     "FlexOlmoNoQKNormPrenormConfig",
     "FlexOlmoNoQKNormPrenormForCausalLM",
+    "FlexOlmoNoQKNormPrenormModel",
     "Olmo2NoQKNormPrenormConfig",
     "Olmo2NoQKNormPrenormForCausalLM",
+    "Olmo2NoQKNormPrenormModel",
     "load_model",
     "load_tokenizer",
     "register",

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -344,3 +345,9 @@ class FlexOlmoNoQKNormPrenormForCausalLM(EmoForCausalLM):
     """EMO under the name that early copies of the checkpoints carry."""
 
     config_class = FlexOlmoNoQKNormPrenormConfig
+
+
+# Like OLMoE, one tensor per expert matrix on disk and fused tensors in memory.
+for _config in (EmoConfig, FlexOlmoNoQKNormPrenormConfig):
+    register_checkpoint_conversion_mapping(
+        _config.model_type, get_checkpoint_conversion_mapping("olmoe"), overwrite=True)
