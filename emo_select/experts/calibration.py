@@ -58,7 +58,7 @@ def calibration_tokens(source: Task | Sequence[Example] | None, tokenizer: PreTr
         own group or the file's name for a file.
 
     Raises:
-        SpecError: no texts, fewer than `num_examples`, or a file of another kind. TaskError: a row that has no text.
+        SpecError: no texts, or a file of another kind. TaskError: a row that has no text.
     """
     texts = _texts(source, calibration, tokenizer)
     if not texts:
@@ -81,11 +81,14 @@ def mixed_tokens(tasks: Iterable[Task], tokenizer: PreTrainedTokenizerBase, cali
 
 
 def draw(total: int, count: int | None, seed: int) -> list[int]:
-    """Indices of `count` of `total` texts in the order of the published draw; all of them, in order, for None."""
+    """Indices of `count` of `total` texts in the order of the published draw; all of them, in order, for None.
+
+    As published, asking for more than there are takes all.
+    """
     if count is None:
         return list(range(total))
     if count > total:
-        raise SpecError(f"There are only {total} calibration texts, fewer than --num-examples {count}.")
+        progress.say(f"There are only {total} calibration texts; all of them are used.")
     import torch
 
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist()
@@ -156,7 +159,7 @@ def _tokenise(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_len
                 ids.append(array("i", values[:max_length]))
             bar.advance(min(CHUNK, len(texts) - start))
     if cut:
-        progress.say(f"{cut} of {len(texts)} calibration texts have more than {max_length} tokens; their ends were cut.")
+        progress.say(f"{cut} of {len(texts)} calibration texts exceed {max_length} tokens; their ends were cut.")
     if not any(len(values) for values in ids):
         raise SpecError("The calibration texts hold no tokens.")
     return ids
