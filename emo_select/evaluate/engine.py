@@ -19,27 +19,23 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 
 from emo_select import progress
-from emo_select.evaluate import support
+from emo_select.evaluate import parallel, support
 from emo_select.evaluate.generation import GreedyDecoder, Stops
-from emo_select.evaluate.parallel import DataParallel
 from emo_select.evaluate.prefixes import Ids, ScoredInput
-from emo_select.evaluate.responses import Response, ResponseStore
+from emo_select.evaluate.responses import ResponseStore, Score, Text
 from emo_select.evaluate.scoring import Counters, SharedPrefixScorer, halved
-from emo_select.tasks.base import Generation, LogLikelihood
 
 Encoded = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation) as text, then as tokens
-FLUSH_EVERY = 64  # responses
 PROCESSORS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_length",
               "min_new_tokens", "forced_bos_token_id", "begin_suppress_tokens", "sequence_bias")
 
 
-class SharedPrefixLM(DataParallel, HFLM):
+class SharedPrefixLM(HFLM):
     """`HFLM` that runs each distinct prefix once.
 
     `token_budget` is the number of new tokens per forward (None: chosen from free memory). `max_length` is the
     longest model input in tokens; longer requests are cut on the left exactly as `HFLM` does.
-    `counters` tells how many tokens went through the decoder; `cut` and `empty` name requests (task, document) that
-    were longer than `max_length` or whose continuation has no token.
+    `counters` tells how many tokens went through the decoder; `stock_reason` why shared prefixes are not used.
     """
 
     def __init__(
@@ -52,8 +48,6 @@ class SharedPrefixLM(DataParallel, HFLM):
         self.store = store or ResponseStore(None, "")
         self.token_budget = token_budget or default_token_budget(model)
         self.counters = Counters()
-        self.cut: Counter[tuple[str, int]] = Counter()
-        self.empty: Counter[tuple[str, int]] = Counter()
         model.config.get_text_config().output_router_logits = False  # of no use here, and a pruned MoE asks for them
         self.stock_reason = support.why_not(model, max_length)
         if self.stock_reason:
@@ -61,24 +55,22 @@ class SharedPrefixLM(DataParallel, HFLM):
 
     # ---- log-likelihoods
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[LogLikelihood]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
         """Score every (context, continuation); responses that are on disk are not computed again."""
         return self._answer("loglikelihood", requests, self._score, "Scoring")
 
-    def _score(self, requests: Sequence[Instance]) -> Iterator[tuple[int, LogLikelihood]]:
+    def _score(self, requests: Sequence[Instance]) -> Iterator[tuple[int, Score]]:
         encoded = self.encode_pairs([request.args for request in requests])
         scored = self._stock_scores if self.stock_reason else self._packed_scores
-        filled = []
-        for index, (request, (_, context, continuation)) in enumerate(zip(requests, encoded, strict=True)):
-            self.cut[_name(request)] += len(context) + len(continuation) > self.max_length + 1
+        filled = []  # an answer without a token says nothing: its log-likelihood is 0
+        for index, (_, context, continuation) in enumerate(encoded):
             if continuation:
                 filled.append(index)
             else:
-                self.empty[_name(request)] += 1
-                yield index, LogLikelihood(0.0, True, 0, len(context))
+                yield index, Score(0.0, True, 0, len(context))
         for place, total, greedy in scored([encoded[index] for index in filled]):
             _, context, continuation = encoded[filled[place]]
-            yield filled[place], LogLikelihood(total, greedy, len(continuation), len(context) + len(continuation))
+            yield filled[place], Score(total, greedy, len(continuation), len(context) + len(continuation))
 
     def _packed_scores(self, encoded: Sequence[Encoded]) -> Iterator[tuple[int, float, bool]]:
         inputs, targets = [], []
@@ -136,11 +128,11 @@ class SharedPrefixLM(DataParallel, HFLM):
 
     # ---- generation
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Generation]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Text]:
         """Continue every context; greedy requests in shared-prefix batches, others by `HFLM`."""
         return self._answer("generate_until", requests, self._generate, "Generating")
 
-    def _generate(self, requests: Sequence[Instance]) -> Iterator[tuple[int, Generation]]:
+    def _generate(self, requests: Sequence[Instance]) -> Iterator[tuple[int, Text]]:
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
@@ -156,7 +148,7 @@ class SharedPrefixLM(DataParallel, HFLM):
         plain = all(getattr(config, name, None) in (None, 0, 1.0) for name in PROCESSORS)
         return not options["do_sample"] and not extra and plain
 
-    def _greedy(self, requests: Sequence[Instance], options: Any) -> Iterator[tuple[int, Generation]]:
+    def _greedy(self, requests: Sequence[Instance], options: Any) -> Iterator[tuple[int, Text]]:
         limit = self.max_length - options["max_gen_toks"]
         texts = self._tokenise({request.args[0] for request in requests})
         prompts = [texts[request.args[0]] for request in requests]
@@ -164,11 +156,9 @@ class SharedPrefixLM(DataParallel, HFLM):
         decoder = GreedyDecoder(self.model, self._cache_budget(), self.counters)
         for cut in (False, True):  # cut prompts have lost the prefix that the others share
             members = [index for index, prompt in enumerate(prompts) if (len(prompt) > limit) == cut]
-            if cut:
-                self.cut.update(_name(requests[index]) for index in members)
             ids = [np.array(prompts[index][-limit:], dtype=np.int64) for index in members]
             for place, tokens in decoder.generate(ids, stops) if ids else ():
-                yield members[place], Generation(finish(tokens), len(tokens))
+                yield members[place], Text(finish(tokens), len(tokens), cut)
 
     def _stops(self, options: dict[str, Any]) -> tuple[Stops, Callable[[Sequence[int]], str]]:
         """When a row ends, and how its tokens become text."""
@@ -195,10 +185,10 @@ class SharedPrefixLM(DataParallel, HFLM):
         config = self.model.config.get_text_config()
         heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        per_token: int = 2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize
-        return max(self.max_length, int(free_memory(self.model.device) // 4 // per_token))
+        per_token = int(2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize)
+        return max(int(self.max_length), free_memory(self.model.device) // 4 // per_token)
 
-    def _stock_generations(self, requests: Sequence[Instance], options: Any) -> Iterator[tuple[int, Generation]]:
+    def _stock_generations(self, requests: Sequence[Instance], options: Any) -> Iterator[tuple[int, Text]]:
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].args[0]))
         batch = max(1, 4 * self.token_budget // self.max_length)
         for start in range(0, len(order), batch):
@@ -206,7 +196,9 @@ class SharedPrefixLM(DataParallel, HFLM):
             self.batch_size_per_gpu = len(members)
             texts = super().generate_until([requests[index] for index in members], disable_tqdm=True)
             for index, text in zip(members, texts, strict=True):
-                yield index, Generation(text, len(self.tok_encode(text, add_special_tokens=False)))
+                prompt = len(self.tok_encode(requests[index].args[0]))
+                yield index, Text(text, len(self.tok_encode(text, add_special_tokens=False)),
+                                  prompt > self.max_length - options["max_gen_toks"])
 
     # ---- both
 
@@ -215,23 +207,19 @@ class SharedPrefixLM(DataParallel, HFLM):
         compute: Callable[[Sequence[Instance]], Iterator[tuple[int, Any]]], title: str,
     ) -> list[Any]:
         keys = [self.store.key(kind, request.args) for request in requests]
-        new = {key: request for key, request in zip(keys, requests, strict=True) if self.store.get(key) is None}
-        left = Counter(_name(requests[index]) for index, key in enumerate(keys) if key in new)
-        docs = {_name(request) for request in requests}
+        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.store}
         pending = list(new.items())
-        with progress.track(title, total=len(docs)) as bar:
-            bar.advance(len(docs) - len(left))
-            users = _users(keys, requests)
-            for done, (index, response) in enumerate(compute([request for _, request in pending]), start=1):
-                self._keep(pending[index][0], response, flush=done % FLUSH_EVERY == 0)
-                bar.advance(_finished(left, users[pending[index][0]]), note=f"{self.counters.total:,} tokens")
-        self.store.flush()
-        return [self.store.get(key) for key in keys]
-
-    def _keep(self, key: str, response: Response, *, flush: bool) -> None:
-        self.store.add(key, response)
-        if flush:
-            self.store.flush()
+        share = parallel.own_share([_name(request) for _, request in pending])
+        left = Counter(_name(pending[index][1]) for index in share)  # open requests per document
+        with progress.track(title, total=len(left)) as bar:
+            for place, response in compute([pending[index][1] for index in share]):
+                key, request = pending[share[place]]
+                self.store.add(key, response)
+                left[_name(request)] -= 1
+                bar.advance(left[_name(request)] == 0, note=f"{self.counters.total:,} tokens")
+        for part in parallel.exchanged([(key, self.store[key]) for key in (pending[index][0] for index in share)]):
+            self.store.learn(part)
+        return [self.store.response(key) for key in keys]
 
 
 def scored_input(context: Sequence[int], continuation: Sequence[int], max_length: int) -> tuple[ScoredInput, Ids]:
@@ -265,19 +253,6 @@ def _without_trailing_space(context: str, continuation: str) -> tuple[str, str]:
 
 def _name(request: Instance) -> tuple[str, int]:
     return str(request.task_name), int(request.doc_id or 0)
-
-
-def _users(keys: Sequence[str], requests: Sequence[Instance]) -> dict[str, list[tuple[str, int]]]:
-    users: dict[str, list[tuple[str, int]]] = {}
-    for key, request in zip(keys, requests, strict=True):
-        users.setdefault(key, []).append(_name(request))
-    return users
-
-
-def _finished(left: Counter[tuple[str, int]], names: Sequence[tuple[str, int]]) -> int:
-    """Count one response for each document that asked for it; the number of documents that are complete now."""
-    left.subtract(names)
-    return sum(left[name] == 0 for name in set(names))
 
 
 class _silenced:

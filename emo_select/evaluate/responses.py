@@ -1,30 +1,60 @@
 """Responses of a model to requests, on disk as they come, found again by the hash of the request.
 
-One line of JSON per response. A line that a crash cut short is ignored; the response is computed again.
+One line of JSON per response. A line that a crash cut short is ignored; that response is computed again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
 from emo_select.tasks.base import Generation, LogLikelihood
 
-Response = LogLikelihood | Generation
+Stored = list[Any]  # the arguments of Score or of Text
+
+
+class Score(LogLikelihood):
+    """A log-likelihood that knows how long its request was: `num_tokens_all` counts context and continuation."""
+
+    def was_cut(self, max_length: int) -> bool:
+        """Whether the request did not fit a model input of `max_length` tokens."""
+        return self.num_tokens_all > max_length + 1
+
+
+class Text(Generation):
+    """A generated text that knows whether its prompt was cut."""
+
+    cut: bool
+
+    def __new__(cls, text: str, num_tokens: int = 0, cut: bool = False) -> Text:
+        self = super().__new__(cls, text, num_tokens)
+        assert isinstance(self, Text)
+        self.cut = cut
+        return self
+
+    def was_cut(self, max_length: int) -> bool:
+        """Whether the prompt and the longest answer did not fit together."""
+        return self.cut
+
+
+Response = Score | Text
+FLUSH_EVERY = 64  # responses that a killed process may lose
 
 
 class ResponseStore:
-    """Responses by request, kept in `folder` (None: in memory only). `model_key` says which model gave them.
+    """Responses by request key, kept in `folder` (None: in memory only). `model_key` says which model gave them.
 
     Every process writes its own file; all of them are read, so the number of processes may change between runs.
     """
 
     def __init__(self, folder: Path | None, model_key: str, rank: int = 0) -> None:
         self.folder, self.model_key = folder, model_key
-        self._known: dict[str, list[Any]] = {}
+        self._known: dict[str, Stored] = {}
         self._file: TextIO | None = None
+        self._unflushed = 0
         for path in self._files():
             self._known.update(_read(path))
         if folder:
@@ -36,27 +66,31 @@ class ResponseStore:
         """Hash of one request to this model."""
         return hashlib.sha256(json.dumps([self.model_key, kind, args]).encode()).hexdigest()[:32]
 
-    def get(self, key: str) -> Response | None:
-        """The response of an earlier or this run."""
-        known = self._known.get(key)
-        if known is None:
-            return None
-        return Generation(*known) if isinstance(known[0], str) else LogLikelihood(*known)
+    def __contains__(self, key: str) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: str) -> Stored:
+        return self._known[key]
+
+    def response(self, key: str) -> Response:
+        """The response to one request."""
+        stored = self._known[key]
+        return Text(*stored) if isinstance(stored[0], str) else Score(*stored)
 
     def add(self, key: str, response: Response) -> None:
-        """Keep one response."""
-        if isinstance(response, LogLikelihood):
-            value: list[Any] = [response[0], response[1], response.num_tokens, response.num_tokens_all]
-        else:
-            value = [str(response), response.num_tokens]
-        self._known[key] = value
+        """Keep one response, in memory and on disk."""
+        stored: Stored = [*response, response.num_tokens, response.num_tokens_all] if isinstance(response, Score) \
+            else [str(response), response.num_tokens, response.cut]
+        self._known[key] = stored
         if self._file:
-            self._file.write(json.dumps([key, value]) + "\n")
+            self._file.write(json.dumps([key, stored]) + "\n")
+            self._unflushed = (self._unflushed + 1) % FLUSH_EVERY
+            if not self._unflushed:
+                self._file.flush()
 
-    def flush(self) -> None:
-        """Hand everything written so far to the operating system, where the death of this process cannot reach it."""
-        if self._file:
-            self._file.flush()
+    def learn(self, answers: Iterable[tuple[str, Stored]]) -> None:
+        """Take over what other processes found; they keep it on disk."""
+        self._known.update(answers)
 
     def close(self) -> None:
         """Close the file and keep it."""
@@ -74,12 +108,12 @@ class ResponseStore:
         return sorted(self.folder.glob(".responses-*.jsonl")) if self.folder else []
 
 
-def _read(path: Path) -> dict[str, list[Any]]:
+def _read(path: Path) -> dict[str, Stored]:
     found = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            key, value = json.loads(line)
+            key, stored = json.loads(line)
         except (ValueError, TypeError):
             continue
-        found[key] = value
+        found[key] = stored
     return found

@@ -1,0 +1,222 @@
+"""Evaluate a checkpoint on tasks and write the result files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emo_select import progress
+from emo_select.checkpoint import open_checkpoint
+from emo_select.errors import SpecError
+from emo_select.evaluate import parallel
+from emo_select.evaluate.responses import ResponseStore
+from emo_select.evaluate.results import Heading, Outcome, finished_metrics, write_results
+from emo_select.spec import digest
+from emo_select.tasks.base import Task
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from emo_select.evaluate.engine import SharedPrefixLM
+
+Metrics = dict[str, Any]
+NAMED_ROWS = 20  # documents listed by number per kind of problem
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How a checkpoint is evaluated. The first five decide the numbers, the others the machine.
+
+    `samples` picks documents per task (name -> numbers in the test split) in place of the first `limit`.
+    `dtype` "auto" means float32, in which the published evaluation ran. `device_map` spreads a model over devices.
+    `token_budget` is the number of new tokens per forward (None: from free memory).
+    """
+
+    num_shots: int | None = None
+    limit: int | None = None
+    samples: Mapping[str, Sequence[int]] | None = None
+    max_length: int = 2048
+    dtype: str = "float32"
+    add_bos_token: bool = False
+    device: str = "auto"
+    device_map: str | None = None
+    token_budget: int | None = None
+    trust_remote_code: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.samples is not None:
+            raise SpecError("--limit and --samples exclude each other; leave one out.")
+
+    @property
+    def precision(self) -> str:
+        """The dtype of weights and activations."""
+        return "float32" if self.dtype == "auto" else self.dtype
+
+
+def evaluate_checkpoint(
+    model_dir: str | Path, tasks: Sequence[Task], out_dir: Path, options: EvalOptions | None = None
+) -> dict[str, Metrics]:
+    """Evaluate a model (folder, Hub id, demo/NAME) on the test split of `tasks`; returns metrics by task name.
+
+    Files appear in `out_dir` task by task. What is there already for the same model and questions is kept, and a
+    stopped evaluation goes on from the responses it had. Raises `DataMissingError` before the model is loaded.
+    """
+    options = options or EvalOptions()
+    for task in tasks:
+        task.require_data()
+    with parallel.process_group(), Evaluator(str(model_dir), Path(out_dir), options) as evaluator:
+        return {task.name: evaluator.evaluate(task, index) for index, task in enumerate(tasks)}
+
+
+class Evaluator:
+    """One model and one results folder; the model is loaded when the first task needs it.
+
+    `keep_set` names a selection that the model is masked to (see `masking`); it is part of the model's identity.
+    """
+
+    def __init__(self, model: str, out_dir: Path, options: EvalOptions, *, engine: SharedPrefixLM | None = None,
+                 keep_set: str | None = None) -> None:
+        self.model, self.out_dir, self.options = model, out_dir, options
+        self.keep_set, self._engine = keep_set, engine
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None and parallel.rank() == 0:
+            self.store.discard()
+        self.store.close()
+
+    @cached_property
+    def model_hash(self) -> str:
+        """Digest of the weights and of every setting that changes a response."""
+        options = self.options
+        with open_checkpoint(self.model) as checkpoint:
+            identity = {"model": checkpoint.fingerprint, "dtype": options.precision, "max_length": options.max_length,
+                        "add_bos_token": options.add_bos_token}
+        return digest(identity if self.keep_set is None else {**identity, "keep_set": self.keep_set})
+
+    @cached_property
+    def store(self) -> ResponseStore:
+        return ResponseStore(self.out_dir, self.model_hash, parallel.rank())
+
+    @cached_property
+    def engine(self) -> SharedPrefixLM:
+        engine = self._engine or load_engine(self.model, self.options)
+        engine.store = self.store
+        return engine
+
+    def task_hash(self, task: Task) -> str:
+        """Digest of the questions."""
+        asked = self.options.samples.get(task.name) if self.options.samples else None
+        return digest({"task": task.fingerprint(), "num_shots": self.options.num_shots, "limit": self.options.limit,
+                       "samples": sorted(set(asked)) if asked else None})
+
+    def evaluate(self, task: Task, task_idx: int = 0) -> Metrics:
+        """Metrics of one task, its files written."""
+        task_hash = self.task_hash(task)
+        done = None if self.options.force else finished_metrics(self.out_dir, task, task_hash, self.model_hash)
+        if done is not None:
+            progress.say(f"{task.name}: done before with the same model and questions.")
+            return done
+        started = time.monotonic()
+        outcome, issues = self._ask(task)
+        heading = self._heading(task, task_hash, time.monotonic() - started, issues, task_idx)
+        if parallel.rank() == 0:
+            return write_results(self.out_dir, task, outcome, heading)
+        return task.aggregate([prediction["metrics"] for prediction in outcome.predictions], outcome.docs)
+
+    def _ask(self, task: Task) -> tuple[Outcome, dict[str, Any]]:
+        """Put the task's requests to the model through lm-eval; the outcome, and which rows had a problem."""
+        from lm_eval.evaluator import evaluate
+
+        options = self.options
+        chosen = sorted(set(options.samples.get(task.name, ()))) if options.samples else []
+        harness = task.lm_eval_task(options.num_shots, options.limit)
+        _require_documents(task, chosen, len(harness.eval_docs))
+        with _without_lm_eval_bars():
+            evaluate(self.engine, {task.name: harness}, samples={task.name: chosen} if chosen else None,
+                     bootstrap_iters=0, log_samples=False)
+        numbers = chosen or range(len(harness.eval_docs))
+        docs = [harness.eval_docs[number] for number in numbers]
+        responses: list[list[Any]] = [[] for _ in numbers]
+        for instance in sorted(harness.instances, key=lambda instance: (instance.doc_id, instance.idx)):
+            responses[instance.doc_id].append(instance.resps[0])
+        predictions = [task.prediction(doc, answers) for doc, answers in zip(docs, responses, strict=True)]
+        return Outcome(numbers, docs, predictions), row_issues(numbers, responses, options.max_length)
+
+    def _heading(self, task: Task, task_hash: str, seconds: float, issues: Mapping[str, Any], task_idx: int) -> Heading:
+        options, engine = self.options, self.engine
+        shots = task.default_shots if options.num_shots is None else options.num_shots
+        return Heading(
+            task_hash=task_hash,
+            model_hash=self.model_hash,
+            task_config={"limit": options.limit, "split": "test", "num_shots": shots,
+                         "samples": options.samples and list(options.samples.get(task.name, ()))},
+            model_config={"model": self.model, "model_type": "hf", "max_length": options.max_length,
+                          "dtype": options.precision, "add_bos_token": options.add_bos_token,
+                          "trust_remote_code": options.trust_remote_code, "keep_set": self.keep_set},
+            compute_config={"device": str(engine.device), "processes": parallel.world_size(),
+                            "token_budget": engine.token_budget, "tokens": engine.counters.total,
+                            "shared_prefixes": engine.stock_reason or True},
+            processing_time=seconds,
+            row_issues=issues,
+            task_idx=task_idx,
+        )
+
+
+def load_engine(model: str, options: EvalOptions) -> SharedPrefixLM:
+    """The language model for lm-eval: weights on the device, tokenizer, shared prefixes."""
+    from emo_select.evaluate.engine import SharedPrefixLM
+    from emo_select.models import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    weights = load_model(model, dtype=options.precision, device=options.device_map or _device(options.device),
+                         trust_remote_code=options.trust_remote_code)
+    return SharedPrefixLM(weights, tokenizer, max_length=options.max_length, token_budget=options.token_budget,
+                          add_bos_token=options.add_bos_token)
+
+
+def row_issues(numbers: Sequence[int], responses: Sequence[Sequence[Any]], max_length: int) -> dict[str, Any]:
+    """Documents with requests that were cut to the model's context, or whose answer has no token.
+
+    Per kind of problem: how many documents, and the numbers of the first ones.
+    """
+    kinds = {"longer_than_context": lambda answer: answer.was_cut(max_length),
+             "answer_without_tokens": lambda answer: answer.num_tokens == 0 and not isinstance(answer, str)}
+    found = {kind: [number for number, answers in zip(numbers, responses, strict=True) if any(map(test, answers))]
+             for kind, test in kinds.items()}
+    return {kind: {"documents": len(rows), "first": rows[:NAMED_ROWS]} for kind, rows in found.items() if rows}
+
+
+def _require_documents(task: Task, chosen: Sequence[int], available: int) -> None:
+    if chosen and not 0 <= chosen[0] <= chosen[-1] < available:
+        raise SpecError(f"--samples asks {task.name} for document {chosen[-1] if chosen[0] >= 0 else chosen[0]}, but "
+                        f"its documents are numbered 0 to {available - 1}.")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name != "auto":
+        return name
+    return f"cuda:{parallel.local_rank()}" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def _without_lm_eval_bars() -> Iterator[None]:
+    """Building requests takes lm-eval a moment; its progress bar would not heed --quiet."""
+    from lm_eval.api import task as module
+
+    shown = module.tqdm
+    module.tqdm = lambda items, *args, **kwargs: items
+    try:
+        yield
+    finally:
+        module.tqdm = shown
