@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib.resources import files
 from pathlib import Path
 
 from emo_select.errors import ModelError, nearest
@@ -42,7 +41,7 @@ def demo_names() -> list[str]:
 
 
 def _demo_root() -> Path:
-    return Path(str(files("emo_select"))) / "demo" / "models"
+    return Path(__file__).parents[1] / "demo" / "models"
 
 
 def _demo(source: str) -> Path:
