@@ -148,8 +148,9 @@ class Task(ABC):
 
     @property
     def dataset(self) -> str:
-        """The data set's name for listings."""
-        return self.sources[0].label
+        """The data set's name for listings, without the configuration where there are several."""
+        first = self.sources[0].label
+        return first if len(self.sources) == 1 else f"{first.rpartition('/')[0]} ({len(self.sources)} parts)"
 
     @property
     def available(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 CONVERTED = "refs/convert/parquet"
@@ -20,13 +21,14 @@ class HubUnreachable(Exception):
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a data set: where it is on the Hub, its size in bytes, and where it belongs in a data folder."""
+    """One file on the Hub, its size in bytes, and where it belongs in a data folder."""
 
     repository: str
     revision: str
     name: str
     size: int
     target: str
+    kind: str = "dataset"
 
 
 def cached_snapshots(repository: str) -> Iterator[Path]:
@@ -69,14 +71,7 @@ def list_files(paths: Sequence[str], config: str, splits: Sequence[str]) -> list
 
 
 def _list_revision(repository: str, revision: str, config: str, splits: Sequence[str]) -> list[HubFile]:
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
-    with _clauses(repository):
-        api = HfApi()
-        commit = api.dataset_info(repository, revision=revision).sha or revision
-        tree = list(api.list_repo_tree(repository, repo_type="dataset", revision=commit, recursive=True))
-    sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+    commit, sizes = _tree(repository, revision)
     files = []
     for split in splits:
         names = choose_files(list(sizes), config, split)
@@ -85,6 +80,19 @@ def _list_revision(repository: str, revision: str, config: str, splits: Sequence
         files += [HubFile(repository, commit, name, sizes[name], target)
                   for name, target in zip(names, _targets(repository, config, split, len(names)), strict=True)]
     return files
+
+
+@lru_cache(maxsize=64)
+def _tree(repository: str, revision: str) -> tuple[str, dict[str, int]]:
+    """The commit of a revision and the sizes of its files; asked once, although MMLU has 57 configurations."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    with hub_clauses(repository):
+        api = HfApi()
+        commit = api.dataset_info(repository, revision=revision).sha or revision
+        tree = list(api.list_repo_tree(repository, repo_type="dataset", revision=commit, recursive=True))
+    return commit, {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
 
 
 def _targets(repository: str, config: str, split: str, count: int) -> list[str]:
@@ -99,12 +107,12 @@ def download_to_cache(paths: Sequence[str], config: str, splits: Sequence[str]) 
     from huggingface_hub import hf_hub_download
 
     for file in list_files(paths, config, splits):
-        with _clauses(file.repository):
+        with hub_clauses(file.repository):
             hf_hub_download(file.repository, file.name, repo_type="dataset", revision=file.revision)
 
 
 @contextmanager
-def _clauses(repository: str) -> Iterator[None]:
+def hub_clauses(repository: str) -> Iterator[None]:
     """Turn whatever a Hub call raises (the HTTP library's errors vary with its version) into `HubUnreachable`."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 

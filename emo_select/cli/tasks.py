@@ -1,0 +1,103 @@
+"""`tasks`, `tasks check`, `fetch`: what can be evaluated, own tasks, and data for machines without network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emo_select.cli.common import AsJson, DataDir, emit, listed
+
+if TYPE_CHECKING:
+    from emo_select.tasks import Task
+
+SHOWN = 2  # prompts that `tasks check` prints
+LAST_CHARACTERS = 1200  # of each; few-shot blocks can be long
+COLUMNS = ("task", "group", "kind", "shots", "metric", "train", "test", "data", "here")
+
+app = typer.Typer(help="List the tasks, or check a task file of your own.", invoke_without_command=True)
+
+
+def register(root: typer.Typer) -> None:
+    """Add the commands of this module."""
+    root.add_typer(app, name="tasks", rich_help_panel="Look around")
+    root.command(rich_help_panel="Look around")(fetch)
+
+
+@app.callback()
+def list_all(
+    context: typer.Context,
+    group: Annotated[str | None, typer.Option("--group", "-g", help="Only this group.")] = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the tasks: sizes, shots, metric, data set, and whether the data is on this machine."""
+    if context.invoked_subcommand:
+        return None
+    from emo_select.tasks import get_tasks, list_tasks
+
+    rows = [_row(task) for task in (get_tasks([group], data_dir) if group else list_tasks(data_dir))]
+    if as_json:
+        return emit(rows)
+    _print_columns([dict(zip(COLUMNS, COLUMNS, strict=True)), *rows])
+    return None
+
+
+def _row(task: Task) -> dict[str, Any]:
+    train, test = task.sizes or (None, None)
+    return {
+        "task": task.name, "group": task.group, "kind": task.kind, "shots": task.default_shots,
+        "metric": task.primary_metric, "train": train, "test": test, "data": task.dataset,
+        "here": task.available,
+    }
+
+
+def _print_columns(rows: Sequence[dict[str, Any]]) -> None:
+    words = {"True": "yes", "False": "no", "None": "-"}
+    cells = [[words.get(str(row[key]), str(row[key])) for key in COLUMNS] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
+    for line in cells:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="A task file (YAML); docs/tasks.md explains its keys.")],
+) -> None:
+    """Check a task file and all its rows, and show two rendered prompts."""
+    from emo_select.tasks import get_tasks
+
+    (task,) = get_tasks([str(file)])
+    for split in task.rule.present():
+        docs = task.docs(split)
+        typer.echo(f"{split}: {len(docs)} documents")
+        for remark, positions in task.remarks(docs).items():
+            some = ", ".join(str(position + 1) for position in positions[:5]) + (", …" if positions[5:] else "")
+            typer.echo(f"  {remark.replace('_', ' ')}: {len(positions)} (number {some})")
+    for number, example in enumerate(task.examples("test", limit=SHOWN), 1):
+        typer.echo(f"\n--- prompt {number}, and the answer after the mark ▸")
+        typer.echo(f"{example.prompt[-LAST_CHARACTERS:]}▸{example.answer}")
+
+
+def fetch(
+    to: Annotated[Path, typer.Option("--to", help="Folder to fill; give it as --data-dir later.")],
+    tasks: Annotated[list[str] | None, typer.Option("--task", "-t", help="Task or group (repeatable).")] = None,
+    models: Annotated[list[str] | None, typer.Option("--model", "-m", help="Hub id of a model (repeatable).")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask after showing the sizes.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be fetched, and stop.")] = False,
+) -> None:
+    """Download data sets and models into a folder, for machines without network. Run it again to go on."""
+    from emo_select.tasks import fetch as fetching
+
+    plan = fetching.make_plan(listed(tasks or []), listed(models or []), to)
+    for line in plan.summary():
+        typer.echo(line)
+    if dry_run or not plan.missing:
+        return
+    if not yes and not typer.confirm("Download?", default=True, err=True):
+        raise typer.Exit(1)
+    fetching.carry_out(plan)
+    for line in plan.how_to_use():
+        typer.echo(line)
