@@ -1,0 +1,8 @@
+"""Finetuning a pruned (or any) model by the published recipe, and putting what it learned back into the full model.
+
+Importing this imports no torch; the functions do.
+"""
+
+from emo_select.finetune.run import TrainReport, finetune
+
+__all__ = ["TrainReport", "finetune"]

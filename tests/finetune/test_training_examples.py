@@ -44,7 +44,7 @@ def golden_cases() -> list[dict]:
 def golden_text(case: dict) -> str:
     if "text" in case:
         return case["text"]
-    texts = json.loads(gzip.open(SHARED / case["source"]).read())["finetuning_texts"]
+    texts = json.loads(gzip.decompress((SHARED / case["source"]).read_bytes()))["finetuning_texts"]
     return texts[case["finetuning_text"]]["text"]
 
 
@@ -135,7 +135,8 @@ def test_long_answer_and_missing_end_token_are_one_sentence():
 
 
 def test_answers_are_cut_at_the_limit_like_the_published_ones():
-    got = encode_examples([Example("q q Answer:", " yes yes")], word_tokenizer("Answer:", " yes", "q", " "), DELIMITER, 6)
+    tokenizer = word_tokenizer("Answer:", " yes", "q", " ")
+    got = encode_examples([Example("q q Answer:", " yes yes")], tokenizer, DELIMITER, 6)
     assert len(got[0]["input_ids"]) == 7 and got[0]["labels"][-2:] == got[0]["input_ids"][-2:]
 
 
@@ -148,7 +149,10 @@ def test_own_prompts_and_completions(tmp_path):
     assert got[1]["labels"] == got[1]["input_ids"]
 
 
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def test_chat_messages_train_every_assistant_turn(tmp_path):

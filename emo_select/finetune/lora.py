@@ -1,0 +1,137 @@
+"""Low-rank adapters on attention, dense parts and the fused routed experts, by peft.
+
+Which modules those are is read from the checkpoint's headers and the family's row, before a model is built.
+Adapters of fused experts: `lora_A` is (E·r, in) and `lora_B` (out, r·E) with the expert as the faster index, so the
+shared experts' part of `lora_B`, which starts at zero, is held there unless they are to be adapted.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emo_select.errors import SpecError, UnknownNameError
+from emo_select.finetune.freezing import FrozenPart, routed_per_layer
+from emo_select.models.families import LAYER_NAME, Family, experts_per_layer, family_of, is_moe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from emo_select.checkpoint import Checkpoint
+    from emo_select.spec import Lora
+
+GROUPS = ("attention", "dense", "experts")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What peft is told: linear modules and bare parameters, by the ends of their names."""
+
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+
+def lora_targets(checkpoint: Checkpoint, lora: Lora) -> Targets:
+    """Resolve group names and module names against the checkpoint.
+
+    Raises `UnknownNameError` for a module that the model does not have and `SpecError` for settings that peft cannot
+    combine.
+    """
+    family = family_of(checkpoint.config) if is_moe(checkpoint.config) else None
+    linear = _linear_modules(checkpoint, family)
+    chosen: set[str] = set()
+    for target in lora.targets:
+        found = {name for name, group in linear.items() if target in (group, name, name.rpartition(".")[2])}
+        if not found and target not in GROUPS:
+            raise UnknownNameError("LoRA target", target, [*GROUPS, *linear], "give a group or a module of the model")
+        chosen |= found
+    chosen |= {name for name, group in linear.items() if lora.shared and group == "shared"}
+    parameters = _bare_parameters(family, lora)
+    if parameters and lora.dropout:
+        raise SpecError("peft has no dropout on adapters of fused experts or routers; set the LoRA dropout to 0.")
+    if not chosen and not parameters:
+        raise SpecError(f"The LoRA targets {', '.join(lora.targets)} match nothing in this model; choose others.")
+    return Targets(tuple(sorted(chosen)), parameters)
+
+
+def _linear_modules(checkpoint: Checkpoint, family: Family | None) -> dict[str, str]:
+    """Layer-relative in-memory names of matrices outside router and routed experts, with their group."""
+    found = {}
+    for name, info in checkpoint.tensors.items():
+        matched = LAYER_NAME.fullmatch(name)
+        if not matched or not name.endswith(".weight") or len(info.shape) != 2:
+            continue
+        if family is not None and family.role(name).kind != "other":
+            continue
+        module = (family.in_memory(matched[2]) if family else matched[2]).removesuffix(".weight")
+        found[module] = _group(module, family)
+    return found
+
+
+def _group(module: str, family: Family | None) -> str:
+    if module.startswith("self_attn."):
+        return "attention"
+    shared = family is not None and any(module.startswith(prefix + ".") for prefix in family.separate_shared)
+    return "shared" if shared else "dense"
+
+
+def _bare_parameters(family: Family | None, lora: Lora) -> tuple[str, ...]:
+    if family is None:
+        return ()
+    experts = tuple(fused.parameter for fused in family.experts) if "experts" in lora.targets else ()
+    return experts + ((f"{family.router_module}.weight",) if lora.router else ())
+
+
+def add_adapters(model: PreTrainedModel, targets: Targets, lora: Lora) -> PeftModel:
+    """Wrap the model; only adapters train. They are float32 whatever the weights are."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(targets.modules),
+        target_parameters=list(targets.parameters),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def held_adapters(model: PeftModel, config: dict[str, Any], lora: Lora) -> list[FrozenPart]:
+    """The shared experts' part of the adapters of fused experts, unless shared experts are adapted."""
+    if lora.shared or not is_moe(config):
+        return []
+    module = family_of(config).experts_module
+    routed, experts = routed_per_layer(config), experts_per_layer(config)
+    held = []
+    for name in expert_adapters(model, module):
+        layer = int(name.partition("layers.")[2].partition(".")[0])
+        if routed[layer] < experts[layer]:
+            held.append(FrozenPart(name, routed[layer], experts=experts[layer]))
+    return held
+
+
+def expert_adapters(model: PeftModel, module: str) -> list[str]:
+    """Names of the `lora_B` matrices of fused experts: the ones whose gradient is not zero from the start."""
+    return [name for name, _ in model.named_parameters() if f".{module}." in name and ".lora_B." in name]
+
+
+def merge_adapter(source: Path, adapter: Path, *, dtype: str) -> PreTrainedModel:
+    """The starting model with the adapter added to its weights, on the CPU."""
+    from peft import PeftModel
+
+    from emo_select.models import load_model
+
+    adapted = PeftModel.from_pretrained(load_model(str(source), dtype=dtype), str(adapter))
+    return adapted.merge_and_unload()
+
+
+def save_adapter(model: PeftModel, tensors: dict[str, Any] | None, folder: Path, source: Path) -> None:
+    """Write the adapter in peft's layout, pointing at `source` as its base model."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model.peft_config["default"].base_model_name_or_path = str(source)
+    model.save_pretrained(str(folder), state_dict=tensors)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's blank model card

@@ -1,0 +1,208 @@
+"""Carry out a stored job: in this process, or as one of several that `torchrun` starts.
+
+`python -m emo_select.finetune.worker FOLDER` is what each of several processes runs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emo_select.checkpoint import open_checkpoint, read_config
+from emo_select.errors import EmoSelectError
+from emo_select.finetune.job import Job
+from emo_select.models.families import family_of, is_moe
+from emo_select.tree import numbered_checkpoints, partial_directory, publish, read_json, write_json
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from emo_select.finetune.freezing import FrozenPart
+    from emo_select.finetune.saving import Keeper
+    from emo_select.finetune.trainer import RecipeTrainer
+    from emo_select.progress import Bar
+
+
+HISTORY, ERROR = "history.json", "error.json"  # in the working folder
+ROUTING_LOG = "routing.json"
+
+
+def launch(job: Job, processes: int) -> None:
+    """Run the job in `processes` processes of this machine; raises what the first failing one reported."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+               "-m", "emo_select.finetune.worker", str(job.folder)]  # fmt: skip
+    error = job.folder / ERROR
+    error.unlink(missing_ok=True)
+    child = subprocess.Popen(command)
+    try:
+        code = child.wait()
+    except BaseException:
+        child.terminate()  # the workers write their state and end
+        child.wait()
+        raise
+    if code:
+        told = read_json(error)["message"] if error.exists() else f"a training process ended with status {code}"
+        raise EmoSelectError(told if told.endswith(".") else f"{told}; its output is above.")
+
+
+def train(job: Job) -> None:
+    """Train as the job says, from its state if there is one; checkpoints, plot and report are in place afterwards."""
+    from transformers import set_seed
+
+    from emo_select.progress import track
+
+    set_seed(job.training.seed)
+    with track("Finetuning") as bar:
+        trainer = _trainer(job, bar)
+        with _stop_on_signal(trainer.keeper):
+            trainer.train(resume_from_checkpoint=str(job.state) if job.state.exists() else None)
+    if trainer.is_world_process_zero():
+        _finish(job, trainer)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _trainer(job: Job, bar: Bar) -> RecipeTrainer:
+    from emo_select.finetune import recipe
+    from emo_select.finetune.batches import Packed, Padded
+    from emo_select.finetune.routing import RoutingMeter
+    from emo_select.finetune.saving import Keeper
+    from emo_select.finetune.trainer import RecipeTrainer
+
+    config = read_config(job.model)
+    model, frozen, watched = _prepared_model(job, config)
+    size = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    keeper = Keeper(count=job.training.checkpoints, bar=bar, state_bytes=3 * size)
+    trainer = RecipeTrainer(
+        model=model,
+        args=recipe.training_arguments(
+            job.training, job.execution, device=job.device, world=job.world, micro_batch=job.micro_batch,
+            config=config, scratch=job.folder,
+        ),
+        train_dataset=job.tokens(),
+        data_collator=Packed() if job.training.packing else Padded(job.pad_token),
+        keeper=keeper,
+        frozen=frozen,
+        watched=watched,
+        routing=RoutingMeter(config) if is_moe(config) else None,
+        loss_limit=job.training.loss_limit,
+        last_good=lambda: _last_good(job.out),
+    )  # fmt: skip
+    keeper.writers = {
+        "weights": lambda step: _write_weights(job, trainer, step),
+        "state": lambda step: _write_state(job, trainer),
+    }
+    return trainer
+
+
+def _prepared_model(job: Job, config: dict[str, Any]) -> tuple[Any, list[FrozenPart], list[str]]:
+    """The model to train, its parts that must not move, and the parameters that have to receive gradients."""
+    from emo_select.finetune import freezing, lora, recipe
+    from emo_select.models import load_model
+
+    precision = recipe.precision(job.execution, job.device)
+    model: Any = load_model(
+        str(job.model), dtype=precision.weights, trust_remote_code=job.execution.trust_remote_code
+    )
+    model.config.use_cache = False
+    adapters = job.training.lora
+    if adapters is None:
+        return model, freezing.freeze(model, config, job.training.freeze), freezing.routed_parameters(model, config)
+    with open_checkpoint(job.model) as checkpoint:
+        targets = lora.lora_targets(checkpoint, adapters)
+    model = lora.add_adapters(model, targets, adapters)
+    watched = lora.expert_adapters(model, family_of(config).experts_module) if is_moe(config) else []
+    return model, lora.held_adapters(model, config, adapters), watched
+
+
+def _write_weights(job: Job, trainer: RecipeTrainer, step: int) -> None:
+    """Publish `checkpoint-<step>`; every process takes part, the main one writes."""
+    from emo_select.finetune import saving
+
+    tensors = trainer.accelerator.get_state_dict(trainer.model) if job.world > 1 else None
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        final = job.out / f"checkpoint-{step}"
+        if job.training.lora is None:
+            saving.write_checkpoint(model, tensors, job.model, final)
+        else:
+            saving.write_adapter(model, tensors, job.model, final, merge=job.training.lora.merge)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _write_state(job: Job, trainer: RecipeTrainer) -> None:
+    """Replace the training state on disk by the present one; a crash leaves the older."""
+    partial = partial_directory(job.state)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_training_state(partial)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        publish(partial, job.state)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _finish(job: Job, trainer: RecipeTrainer) -> None:
+    """Write what the training measured; the report comes last and marks the training as complete."""
+    from emo_select.finetune.routing import plot_routing
+
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if trainer.routing is not None and trainer.routing.snapshots:
+        measured = {"layers": trainer.routing.layers, "snapshots": trainer.routing.snapshots}
+        write_json(job.out / ROUTING_LOG, measured)
+        plot_routing(trainer.routing.layers, trainer.routing.snapshots, job.out / "routing.png")
+    write_json(job.folder / HISTORY, history)
+
+
+def _last_good(out: Path) -> str:
+    return str(out / f"checkpoint-{max(numbered_checkpoints(out), default=0)}")
+
+
+@contextmanager
+def _stop_on_signal(keeper: Keeper) -> Iterator[None]:
+    """Let SIGTERM and the first Ctrl-C end training after the step at hand, with its state written.
+
+    The signal is sent again once that has happened, so that the program ends as it would have.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def request(signum: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(signum)
+        keeper.stop_requested = True
+
+    previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if received:
+            os.kill(os.getpid(), received[0])
+
+
+def main() -> None:
+    """Entry point of each of several processes."""
+    job = Job.read(Path(sys.argv[1]))
+    try:
+        train(job)
+    except EmoSelectError as error:
+        if os.environ.get("RANK", "0") == "0":
+            write_json(job.folder / ERROR, {"message": str(error)})
+        raise SystemExit(error.exit_code) from error
+
+
+if __name__ == "__main__":
+    main()
