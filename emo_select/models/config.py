@@ -1,6 +1,7 @@
-"""Configurations of the two published architectures, with the key names of the published `config.json`."""
+"""Configurations of the two published architectures, with the key names of the published `config.json`.
 
-from __future__ import annotations
+Annotations are evaluated here (no `from __future__ import annotations`): `strict` checks every value against them.
+"""
 
 from typing import Any, ClassVar
 
@@ -44,8 +45,8 @@ class EmoConfig(_PublishedKeys, PreTrainedConfig):
     num_key_value_heads: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
+    initializer_range: float | int = 0.02
+    rms_norm_eps: float | int = 1e-6
     use_cache: bool = True
     pad_token_id: int | None = 100277
     bos_token_id: int | None = None
@@ -59,7 +60,7 @@ class EmoConfig(_PublishedKeys, PreTrainedConfig):
     num_shared_experts: int = 0
     norm_topk_prob: bool = False
     output_router_logits: bool = False
-    router_aux_loss_coef: float = 0.01
+    router_aux_loss_coef: float | int = 0.01
     always_active_experts: list[int] | None = None
     always_active_experts_per_layer: list[list[int]] | None = None
     num_experts_per_layer: list[int] | None = None

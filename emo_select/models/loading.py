@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from textwrap import shorten
+from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -57,15 +58,19 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> P
     Raises:
         ModelError: transformers does not know the architecture, or a value is not valid.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
+    name, architecture = checkpoint.directory.name, checkpoint.config.get("model_type")
+    has_code = bool(checkpoint.config.get("auto_map")) and not trust_remote_code
+    if has_code and architecture not in CONFIG_MAPPING:
+        raise ModelError(f"{name} is a {architecture!r}, which is not built in and comes as code in the checkpoint; "
+                         "pass trust_remote_code=True (--trust-remote-code) if you trust that code.")
     try:
         config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
-        raise ModelError(f"{checkpoint.directory} has a configuration that cannot be used: {_first_line(error)}"
-                         ) from error
-    if "auto_map" in checkpoint.config and not trust_remote_code:
-        say(f"{checkpoint.directory.name}: its auto_map names code, which is not run; {type(config).__name__} is used.")
+        raise ModelError(f"The configuration of {name} cannot be used: {_sentence(error)}") from error
+    if has_code:
+        say(f"{name}: its auto_map names code, which is not run; {type(config).__name__} is used.")
     return config
 
 
@@ -99,7 +104,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(directory)
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise ModelError(f"{directory} has no tokenizer that can be loaded ({_first_line(error)}); copy the tokenizer "
+        raise ModelError(f"{directory} has no tokenizer that can be loaded ({_sentence(error)}); copy the tokenizer "
                          "files of the original model into it.") from error
 
 
@@ -120,9 +125,9 @@ def _load_weights(
             output_loading_info=True, **options,
         )
     except (ValueError, ImportError) as error:  # an implementation or architecture that is not available here
-        raise ModelError(f"{checkpoint.directory} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{checkpoint.directory} cannot be loaded: {_sentence(error)}") from error
     except RuntimeError as error:
-        raise CheckpointError(f"The weights of {checkpoint.directory} cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"The weights of {checkpoint.directory} cannot be read: {_sentence(error)}") from error
     _refuse(checkpoint, {
         "missing": sorted(report["missing_keys"]),
         "unexpected": sorted(report["unexpected_keys"]),
@@ -141,7 +146,7 @@ def _expected_tensors(config: PreTrainedConfig) -> tuple[dict[str, tuple[int, ..
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
-        raise ModelError(f"The configuration cannot be built: {_first_line(error)}") from error
+        raise ModelError(f"The configuration cannot be built: {_sentence(error)}") from error
     tensors = revert_weight_conversion(model, model.state_dict())
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, set(model.all_tied_weights_keys)
 
@@ -155,6 +160,6 @@ def _refuse(checkpoint: Checkpoint, problems: Mapping[str, list[str]]) -> None:
                               "download or save the checkpoint again.")
 
 
-def _first_line(error: BaseException) -> str:
-    lines: list[Any] = str(error).strip().splitlines()
-    return str(lines[0]) if lines else type(error).__name__
+def _sentence(error: BaseException) -> str:
+    """The error's text on one line."""
+    return shorten(str(error) or type(error).__name__, 300, placeholder=" …")

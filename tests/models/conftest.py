@@ -18,7 +18,7 @@ Load = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def golden_model(golden: Path) -> Load:
-    """`golden_model(name, experts="eager", dtype="float32", attention="sdpa")`: shared between tests; do not change it."""
+    """`golden_model(name, experts, dtype, attention)`: shared between tests, which must not change it."""
 
     @cache
     def load(name: str, experts: str | None = None, dtype: str = "float32", attention: str = "sdpa") -> Any:
