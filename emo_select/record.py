@@ -27,6 +27,7 @@ from emo_select.errors import CheckpointError
 from emo_select.spec import Frozen, RunSpec
 from emo_select.tree import RunPaths, read_json, write_json
 
+ACTIVATIONS_KEY = "stage_fingerprint"
 _PACKAGES = ("emo-select", "torch", "transformers", "datasets", "lm-eval", "peft", "accelerate")
 
 
@@ -145,7 +146,7 @@ def forget(paths: RunPaths, record: RunRecord, names: Iterable[str]) -> RunRecor
 
 def activations_fingerprint(record_file: Path) -> str | None:
     """The fingerprint that shared statistics were collected for; None where there are none."""
-    return str(read_json(record_file).get("fingerprint")) if record_file.exists() else None
+    return str(read_json(record_file).get(ACTIVATIONS_KEY)) if record_file.exists() else None
 
 
 def sizes(root: Path, outputs: list[Path]) -> dict[str, int]:

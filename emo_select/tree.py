@@ -53,6 +53,11 @@ class RunPaths:
         return self.directory / "selection.json"
 
     @property
+    def selection_work(self) -> Path:
+        """Snapshots of a selection that is under way."""
+        return self.directory / ".selection.partial"
+
+    @property
     def selected_model(self) -> Path:
         """The pruned checkpoint."""
         return self.directory / "selected_model"
@@ -79,6 +84,10 @@ class RunPaths:
         """Steps of the finetuned checkpoints that exist, ascending."""
         return numbered_checkpoints(self.finetuned_model)
 
+    def result_steps(self) -> list[int]:
+        """Steps of the checkpoints that have a results folder, ascending."""
+        return numbered_checkpoints(self.results)
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -100,8 +109,8 @@ class Tree:
         return self.root / spec.model_directory / "activations" / spec.activations_name
 
     def activations_record(self, spec: RunSpec) -> Path:
-        """Their completion record."""
-        return self.activations(spec) / "record.json"
+        """Their description, which says what they were made from."""
+        return self.activations(spec) / "scores.json"
 
     def activations_lock(self, spec: RunSpec) -> Path:
         """Held by the one process that collects those statistics."""

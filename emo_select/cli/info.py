@@ -26,10 +26,19 @@ def version(as_json: AsJson = False) -> None:
 
 
 def models(as_json: AsJson = False) -> None:
-    """List the models that have a short name and the families of Mixture-of-Experts models that can be pruned."""
-    from emo_select.models.known import known_models
+    """List the models known by name and the families of Mixture-of-Experts models that can be pruned."""
+    from emo_select.checkpoint import PUBLISHED, demo_names
+    from emo_select.models.families import DENSE_TYPES, FAMILIES
 
-    rows = known_models()
+    found = {
+        "shipped": demo_names(),
+        "published": list(PUBLISHED),
+        "families": {family.name: list(family.aliases) for family in FAMILIES},
+        "dense (skip selection)": list(DENSE_TYPES),
+    }
     if as_json:
-        return emit(rows)
-    raise NotImplementedError
+        return emit(found)
+    for title, names in found.items():
+        typer.echo(f"{title}: {', '.join(names)}")
+    typer.echo("Any local folder or Hub id of these families works as --model.")
+    return None

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emo_select.cli import common
-from emo_select.cli.common import MACHINE, OUTPUT, RUN, SCORE, TRAIN
+from emo_select.cli.common import MACHINE, RUN, SCORE, TRAIN
 
 if TYPE_CHECKING:
-    from emo_select.pipeline import Run, Step
+    from emo_select.pipeline import Run
 
 Stages = Annotated[str, typer.Option("--stages", help="Only these, comma-separated.", rich_help_panel=RUN)]
 Force = Annotated[str, typer.Option("--force", help="Stages to do again, comma-separated.", rich_help_panel=RUN)]
@@ -37,9 +37,8 @@ def run(
     ),
     epochs: Annotated[float, typer.Option(min=0, help="Passes over the examples.", rich_help_panel=TRAIN)] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.", rich_help_panel=TRAIN)] = 32,
-    learning_rate: Annotated[str, typer.Option("--lr", help="As the directory will show it.", rich_help_panel=TRAIN)] = (
-        "5e-5"
-    ),
+    learning_rate: Annotated[str, typer.Option("--lr", help="As the directory will show it.",
+                                               rich_help_panel=TRAIN)] = "5e-5",
     freeze: Annotated[str, typer.Option(help="none, routed, routed_shared or routed_shared_router.",
                                         rich_help_panel=TRAIN)] = "none",
     checkpoints: Annotated[int, typer.Option(min=1, help="Evenly spaced checkpoints.", rich_help_panel=TRAIN)] = 1,
@@ -108,4 +107,16 @@ def _run_all(runs: list[Run], stages: str, force: str, output_dir: str | None, *
 
 
 def _show_table(output_dir: str | None, runs: list[Run], *, as_json: bool) -> None:
-    raise NotImplementedError
+    """The summary of these runs' models and tasks, other keep-k and methods of theirs included."""
+    from emo_select import progress, tables
+
+    layout, records = tables.load_layout(None), tables.load_tree(output_dir)
+    models, tasks = ({getattr(run.spec, name) for run in runs} for name in ("model_directory", "task"))
+    known = {run.task for run in records.runs}
+    filters = tables.Filters(tuple(sorted(models)), tuple(sorted(tasks & known)))
+    made, _ = tables.make("summary", records, layout, filters=filters)
+    if as_json:
+        common.emit({table.name: table.records() for table in made})
+    else:
+        typer.echo("\n\n".join(tables.render(table, "text") for table in made))
+    progress.say(f"Files: {runs[0].tree.root.resolve()}")

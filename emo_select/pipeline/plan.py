@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from emo_select import record
 from emo_select.errors import SpecError, UnknownNameError
@@ -20,7 +20,7 @@ CONSUMERS: dict[str, tuple[str, ...]] = {
 }
 
 
-class Action(str, Enum):
+class Action(StrEnum):
     """What happens to a stage."""
 
     RUN = "run"
@@ -68,8 +68,8 @@ def _states(run: Run, force: Sequence[str]) -> dict[str, tuple[State, str]]:
     done = record.load(run.paths)
     states = {stage: _state(run, done, stage) for stage in STAGES}
     for stage in force:
-        states |= {later: (State.STALE, f"{stage} is forced") for later in downstream(stage)}
-    return states | {stage: (State.STALE, "forced") for stage in force}
+        states |= dict.fromkeys(downstream(stage), (State.STALE, f"{stage} is forced"))
+    return states | dict.fromkeys(force, (State.STALE, "forced"))
 
 
 def _state(run: Run, done: RunRecord | None, stage: str) -> tuple[State, str]:

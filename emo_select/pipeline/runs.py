@@ -61,11 +61,9 @@ class Run:
 
 
 def _activations_depend(run: Run) -> dict[str, Any]:
-    return {
-        "model": run.source.fingerprint,
-        "task": run.task.fingerprint(),
-        "calibration": run.spec.calibration.model_dump(),
-    }
+    chosen = run.spec.calibration
+    texts = _file_digest(chosen.file) if chosen.file else run.task.fingerprint()
+    return {"model": run.source.fingerprint, "texts": texts, "calibration": chosen.model_dump()}
 
 
 def _select_depends(run: Run) -> dict[str, Any]:
@@ -87,11 +85,20 @@ def _start_depends(run: Run) -> dict[str, Any]:
 
 
 def _finetune_depends(run: Run) -> dict[str, Any]:
-    return {**_start_depends(run), "task": run.task.fingerprint(), "training": run.spec.training.model_dump()}
+    training = run.spec.training
+    examples = _file_digest(training.file) if training.file else run.task.fingerprint()
+    shots = None if training.file else run.spec.calibration.num_shots
+    return {**_start_depends(run), "examples": examples, "num_shots": shots, "training": training.model_dump()}
 
 
 def _eval_depends(run: Run) -> dict[str, Any]:
     return {**_start_depends(run), "task": run.task.fingerprint(), "evaluation": run.spec.evaluation.model_dump()}
+
+
+def _file_digest(path: str) -> str:
+    from emo_select.experts.calibration import file_fingerprint
+
+    return file_fingerprint(path)
 
 
 _DEPENDS: dict[str, Callable[[Run], dict[str, Any]]] = {

@@ -5,19 +5,23 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from emo_select import progress, record
+from emo_select import record
 from emo_select.errors import EmoSelectError
 from emo_select.pipeline.plan import Action, Step, downstream, evaluated_steps
-from emo_select.pipeline.runs import ONE_PASS, Run, checkpoint_fingerprint
+from emo_select.pipeline.runs import Run, checkpoint_fingerprint
 from emo_select.record import Measurement, RunRecord
+from emo_select.spec import Evaluation, Training
 from emo_select.tree import exclusive
 
 if TYPE_CHECKING:
+    from emo_select.evaluate import EvalOptions
     from emo_select.experts import KeepSet, StreamOptions
-    from emo_select.tasks import Example
+    from emo_select.experts.calibration import CalibrationTexts
 
 Planned = tuple[Run, Sequence[Step]]
 Work = Callable[[Run, Measurement], list[Path]]
@@ -27,30 +31,231 @@ Work = Callable[[Run, Measurement], list[Path]]
 def execute_all(planned: Sequence[Planned]) -> list[tuple[Run, EmoSelectError]]:
     """Do every step that is marked to run; returns the runs that failed, after doing all the others.
 
-    Selections that read the same layers for several keep-k share one pass.
+    Layerwise selections of one model, task and calibration for several keep-k share one pass over the weights.
     """
-    failed: dict[int, EmoSelectError] = {}
-    for group in _shared_selections(planned):
-        _guarded(failed, group, lambda group=group: _select_together([run for run, _ in group]))
-    for item in planned:
-        if id(item[0]) not in failed:
-            _guarded(failed, [item], lambda item=item: execute(*item))
-    return [(run, failed[id(run)]) for run, _ in planned if id(run) in failed]
+    failed: list[tuple[Run, EmoSelectError]] = []
+    for together in _shared_selections(planned):
+        failed += _attempt(together, partial(_select_together, together))
+    broken = {id(run) for run, _ in failed}
+    for run, steps in planned:
+        if id(run) not in broken:
+            failed += _attempt([run], partial(execute, run, steps))
+    return failed
 
 
 def execute(run: Run, steps: Sequence[Step]) -> None:
     """Do the steps of one run that are marked; each is recorded as soon as its files are in place."""
     with exclusive(run.paths.lock):
         for step in steps:
-            if step.action is Action.RUN and not _already(run, step):
+            if step.action is Action.RUN:
                 _WORK[step.stage](run)
 
 
-def _guarded(failed: dict[int, EmoSelectError], items: Sequence[Planned], work: Callable[[], None]) -> None:
+def _attempt(runs: Sequence[Run], work: Callable[[], None]) -> list[tuple[Run, EmoSelectError]]:
+    """Failures of ours concern these runs alone; anything else is a mistake in the program and stops it."""
     try:
         work()
     except EmoSelectError as error:
-        if len(items) == len(failed) == 0:
-            raise
-        failed |= {id(run): error for run, _ in items}
-        progress.say(f"{items[0][0].paths.directory.name}: {error}")
+        return [(run, error) for run in runs]
+    return []
+
+
+def _perform(run: Run, stage: str, fingerprint: str, work: Work) -> None:
+    done = _opened(run)
+    done = record.forget(run.paths, done, _outdated(done, stage, fingerprint))
+    with record.measured() as measured:
+        outputs = work(run, measured)
+    record.finish(run.paths, done, stage, fingerprint, outputs, measured, run.execution.device)
+
+
+def _opened(run: Run) -> RunRecord:
+    done = record.load(run.paths) or RunRecord(spec=run.spec)
+    now = {"spec": run.spec, "model_fingerprint": run.source.fingerprint, "data_fingerprint": run.task.fingerprint()}
+    return done.model_copy(update=now)
+
+
+def _outdated(done: RunRecord, stage: str, fingerprint: str) -> set[str]:
+    """Records that no longer hold once `stage` writes anew: its own, and those after it unless it repeats itself."""
+    before = done.stages.get(stage)
+    if before is not None and before.fingerprint == fingerprint:
+        return {stage}
+    later = downstream(stage.split("/")[0])
+    finished = {name for name in done.stages if name.split("/")[0] in later}
+    return {stage, *finished} - ({"eval/checkpoint-0"} if stage == "finetune" else set())
+
+
+def _shared_selections(planned: Sequence[Planned]) -> list[list[Run]]:
+    """Runs whose layerwise selection is to be made and that differ only in keep-k, in groups of two and more."""
+    groups: dict[str, list[Run]] = {}
+    for run, steps in planned:
+        marked = any(step.stage == "select" and step.action is Action.RUN for step in steps)
+        if marked and run.spec.method == "layerwise":
+            shared = run.spec.model_copy(update={"keep_k": 1, "training": Training(), "evaluation": Evaluation()})
+            groups.setdefault(shared.model_dump_json(), []).append(run)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _select_together(runs: Sequence[Run]) -> None:
+    with ExitStack() as locks:
+        for run in runs:
+            locks.enter_context(exclusive(run.paths.lock))
+        with record.measured() as measured:
+            chosen = _layerwise(runs[0], sorted({run.spec.keep_k for run in runs}))
+        for run in runs:
+            share = Measurement({"shared_by": len(runs)}, measured.started, measured.seconds / len(runs),
+                                measured.peak_memory, measured.peak_gpu_memory)
+            _store_selection(run, chosen[run.spec.keep_k], share)
+        shutil.rmtree(runs[0].paths.selection_work, ignore_errors=True)
+
+
+def _activations(run: Run) -> None:
+    """Statistics are shared by other runs, so they carry their own fingerprint and have a lock of their own."""
+    from emo_select.experts import collect_activations
+
+    fingerprint = run.fingerprint("activations")
+    with exclusive(run.tree.activations_lock(run.spec), wait=True):
+        if record.activations_fingerprint(run.tree.activations_record(run.spec)) == fingerprint:
+            return  # made by another process while this one waited
+
+        def work(run: Run, measured: Measurement) -> list[Path]:
+            texts = calibration(run)
+            scores = collect_activations(run.source, texts.token_ids, texts.groups, run.tree.activations(run.spec),
+                                         stream_options(run), {record.ACTIVATIONS_KEY: fingerprint})
+            measured.notes |= {"tokens": sum(scores.tokens), "examples": sum(scores.examples)}
+            return []
+
+        _perform(run, "activations", fingerprint, work)
+
+
+def _select(run: Run) -> None:
+    chosen = record.load(run.paths)
+    if chosen and record.state(run.paths, chosen, "select", run.fingerprint("select"))[0] is record.State.DONE:
+        return  # made together with those of other keep-k
+    with record.measured() as measured:
+        keep_set = _choose(run)
+    _store_selection(run, keep_set, measured)
+    shutil.rmtree(run.paths.selection_work, ignore_errors=True)
+
+
+def _choose(run: Run) -> KeepSet:
+    from emo_select.experts import Scores, select_from_scores, select_random
+
+    spec, config = run.spec, run.source.config
+    if spec.method == "layerwise":
+        return _layerwise(run, [spec.keep_k])[spec.keep_k]
+    if spec.method == "random":
+        return select_random(config, spec.keep_k, spec.calibration.seed, num_shared=spec.num_shared, about=_about(run))
+    scores = Scores.load(run.tree.activations(spec))
+    return select_from_scores(scores, spec.method, spec.keep_k, config, num_shared=spec.num_shared, about=_about(run))
+
+
+def _layerwise(run: Run, keep_ks: Sequence[int]) -> dict[int, KeepSet]:
+    from emo_select.experts import select_layerwise
+
+    texts = calibration(run)
+    found = select_layerwise(
+        run.source, texts.token_ids, keep_ks, groups=texts.groups, num_shared=run.spec.num_shared, score=run.spec.score,
+        options=stream_options(run), work_dir=run.paths.selection_work, about=_about(run),
+    )
+    return {keep_k: found[keep_k] for keep_k in keep_ks}
+
+
+def _store_selection(run: Run, keep_set: KeepSet, measured: Measurement) -> None:
+    done = _opened(run)
+    fingerprint, written = run.fingerprint("select"), run.paths.selection
+    done = record.forget(run.paths, done, _outdated(done, "select", fingerprint))
+    keep_set.save(written)
+    record.finish(run.paths, done, "select", fingerprint, [written], measured, run.execution.device)
+
+
+def _prune(run: Run) -> None:
+    from emo_select.experts import KeepSet, prune_checkpoint
+
+    def work(run: Run, measured: Measurement) -> list[Path]:
+        keep_set = KeepSet.load(run.paths.selection)
+        prune_checkpoint(run.spec.model, keep_set, run.paths.selected_model)
+        return [run.paths.selected_model]
+
+    _perform(run, "prune", run.fingerprint("prune"), work)
+
+
+def _finetune(run: Run) -> None:
+    from emo_select.finetune import finetune
+
+    def work(run: Run, measured: Measurement) -> list[Path]:
+        examples = [] if run.spec.training.file else run.task.examples("train", run.spec.calibration.num_shots)
+        report = finetune(run.start_model, examples, run.task.delimiter, run.paths.finetuned_model, run.spec.training,
+                          run.execution, replace=True)
+        _drop_old_results(run)
+        measured.notes |= asdict(report)
+        return [run.paths.finetuned_model]
+
+    _perform(run, "finetune", run.fingerprint("finetune"), work)
+
+
+def _drop_old_results(run: Run) -> None:
+    """Results of checkpoints that no longer exist would be read as those of the new training."""
+    steps = run.paths.checkpoint_steps()
+    for old in set(run.paths.result_steps()) - {0, *steps}:
+        shutil.rmtree(run.paths.result(old))
+
+
+def _evaluate(run: Run) -> None:
+    done = record.load(run.paths)
+    for step in evaluated_steps(run):
+        fingerprint, name = checkpoint_fingerprint(run, step), f"eval/checkpoint-{step}"
+        if record.state(run.paths, done, name, fingerprint)[0] is not record.State.DONE:
+            _perform(run, name, fingerprint, partial(_evaluate_checkpoint, step))
+
+
+def _evaluate_checkpoint(step: int, run: Run, measured: Measurement) -> list[Path]:
+    from emo_select.evaluate import evaluate_checkpoint
+
+    model = run.start_model if step == 0 else run.paths.checkpoint(step)
+    scores = evaluate_checkpoint(model, [run.task], run.paths.result(step), evaluation_options(run))
+    measured.notes |= {"metrics": scores}
+    return [run.paths.result(step)]
+
+
+def calibration(run: Run) -> CalibrationTexts:
+    """The texts that selection sees, as tokens of the run's model."""
+    from emo_select.experts import calibration_tokens
+    from emo_select.models import load_tokenizer
+
+    return calibration_tokens(run.task, load_tokenizer(run.spec.model), run.spec.calibration)
+
+
+def stream_options(run: Run) -> StreamOptions:
+    """How selection streams the model on this machine."""
+    from emo_select.experts import StreamOptions
+
+    machine = run.execution
+    return StreamOptions(device=machine.device, dtype=machine.dtype, memory_budget=machine.memory_budget)
+
+
+def evaluation_options(run: Run) -> EvalOptions:
+    """How checkpoints are scored on this machine."""
+    from emo_select.evaluate import EvalOptions
+
+    wanted, machine = run.spec.evaluation, run.execution
+    return EvalOptions(num_shots=wanted.num_shots, limit=wanted.limit, max_length=wanted.max_length,
+                       dtype=machine.dtype, device=machine.device, trust_remote_code=machine.trust_remote_code)
+
+
+def _about(run: Run) -> dict[str, Any]:
+    """What a keep set says of its origin."""
+    spec, chosen = run.spec, run.spec.calibration
+    origin = {"model": spec.model, "seed": chosen.seed}
+    if spec.method == "random":  # the others know the fingerprint from the weights or statistics they read
+        return {**origin, "fingerprint": run.source.fingerprint}
+    return {**origin, "task": spec.task, "split": "validation", "num_shots": chosen.num_shots,
+            "num_examples": chosen.num_examples}
+
+
+_WORK: dict[str, Callable[[Run], None]] = {
+    "activations": _activations,
+    "select": _select,
+    "prune": _prune,
+    "finetune": _finetune,
+    "eval": _evaluate,
+}
