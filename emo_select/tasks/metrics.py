@@ -50,7 +50,7 @@ def choice_output(
         "num_tokens_all": int(getattr(response, "num_tokens_all", 1)),
         "is_greedy": bool(response[1]),
         **({} if unconditional is None else {"sum_logits_uncond": float(unconditional[0])}),
-        "logits_per_token": total / tokens,
+        "logits_per_token": total / max(tokens, 1),
         "logits_per_char": total / characters,
         "bits_per_byte": -total / (size * math.log(2)),
         "num_chars": characters,

@@ -72,7 +72,7 @@ def _named(name: str, known: Sequence[Task], data_dir: Path | None) -> Sequence[
                 for prefix in ("mmlu_", "mmlu_merged_")}
     if name in subjects:
         return mmlu.subject_tasks((subjects[name],), data_dir)
-    raise UnknownNameError("task", name, [*by_name, *subjects], "`emo-select tasks` lists them")
+    raise UnknownNameError("task", name, [*by_name, *subjects])
 
 
 _user_files: dict[str, Path] = {}  # task files loaded by this process, so that a run finds its task by name again
