@@ -1,0 +1,87 @@
+"""The program as a person meets it: quick help, nothing heavy imported, one sentence per mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "transformers", "lm_eval", "pandas", "datasets", "pydantic", "matplotlib", "submitit")
+PROGRAM = Path(sys.executable).with_name("emo-select")
+
+
+def emo_select(*words, **options):
+    return subprocess.run([PROGRAM, *words], capture_output=True, text=True, timeout=120, **options)
+
+
+def imported_by(code):
+    probe = f"import sys\n{code}\nprint([name for name in {HEAVY!r} if name in sys.modules])"
+    return json.loads(subprocess.check_output([sys.executable, "-c", probe], text=True).splitlines()[-1].replace("'", '"'))
+
+
+def commands():
+    from emo_select.cli.app import app
+
+    return sorted(command.name or command.callback.__name__ for command in app.registered_commands)
+
+
+def test_importing_the_package_and_the_program_imports_nothing_heavy():
+    assert imported_by("import emo_select, emo_select.cli.app") == []
+
+
+def test_help_imports_nothing_heavy():
+    code = "from emo_select.cli.app import app\ntry: app(['run', '--help'])\nexcept SystemExit: pass"
+    assert imported_by(code) == []
+
+
+def test_every_command_has_help():
+    listed = commands()
+    assert {"activations", "select", "prune", "finetune", "eval", "table", "run", "pretrain", "models", "version"} <= set(
+        name.replace("_", "-") for name in listed)
+    for name in listed:
+        shown = emo_select(name.replace("_", "-"), "--help")
+        assert shown.returncode == 0, shown.stderr
+        assert "Usage" in shown.stdout
+
+
+def test_version_names_what_numbers_depend_on():
+    found = json.loads(emo_select("version", "--json").stdout)
+    assert {"python", "torch", "transformers", "lm-eval"} <= set(found)
+
+
+def test_models_lists_the_published_ones():
+    found = json.loads(emo_select("models", "--json").stdout)
+    assert "allenai/Emo_1b14b_1T" in found["published"]
+    assert found["shipped"] == ["demo/emo", "demo/stdmoe"]
+
+
+RUN = ("run", "--model", "demo/emo", "--task", "demo", "--keep-k", "4")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("run", "--model", "demo/emu", "--task", "demo", "--keep-k", "4"), "did you mean 'demo/emo'"),
+        (("run", "--model", "./nowhere", "--task", "demo", "--keep-k", "4"), "There is no folder './nowhere'"),
+        (("run", "--model", "demo/emo", "--task", "dem", "--keep-k", "4"), "did you mean 'demo"),
+        (("run", "--model", "demo/emo", "--task", "demo", "--keep-k", "33"), "Cannot keep 33 experts"),
+        (("run", "--model", "demo/emo", "--task", "demo", "--keep-k", "1"), "leaves no routed expert"),
+        (("run", "--model", "demo/emo", "--task", "demo", "--keep-k", "half"), "neither a number"),
+        ((*RUN, "--method", "layerwsie"), "did you mean 'layerwise'"),
+        ((*RUN, "--stages", "selec"), "did you mean 'select'"),
+        ((*RUN, "--stages", "finetune"), "add it to --stages"),
+        ((*RUN, "--lr", "fast"), "not a positive number"),
+        ((*RUN, "--output-dir", "/proc/x"), "choose another with --output-dir"),
+        ((*RUN, "--score", "loudness"), "Unknown"),
+        ((*RUN, "--device", "cuda:7"), "--device cpu"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_left(words, said, tmp_path):
+    options = () if "--output-dir" in words else ("--output-dir", "out")
+    done = emo_select(*words, *options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
