@@ -107,14 +107,14 @@ def _run_all(runs: list[Run], stages: str, force: str, output_dir: str | None, *
 
 
 def _show_table(output_dir: str | None, runs: list[Run], *, as_json: bool) -> None:
-    """The summary of these runs' models and tasks, other keep-k and methods of theirs included."""
+    """The methods side by side for these runs' models and tasks, other keep-k of theirs included."""
     from emo_select import progress, tables
 
     layout, records = tables.load_layout(None), tables.load_tree(output_dir)
     models, tasks = ({getattr(run.spec, name) for run in runs} for name in ("model_directory", "task"))
     known = {run.task for run in records.runs}
     filters = tables.Filters(tuple(sorted(models)), tuple(sorted(tasks & known)))
-    made, _ = tables.make("summary", records, layout, filters=filters)
+    made, _ = tables.make("methods", records, layout, filters=filters)
     if as_json:
         common.emit({table.name: table.records() for table in made})
     else:

@@ -23,6 +23,7 @@ class Kind(StrEnum):
     """Which table."""
 
     summary = "summary"
+    methods = "methods"
     main = "main"
     calibration = "calibration"
     results = "results"
@@ -69,9 +70,10 @@ Cached = Annotated[bool, typer.Option("--cache/--no-cache", help="Reuse what unc
 
 
 def table(
-    kind: Annotated[Kind, typer.Argument(help="summary: averages, drops, sizes; main: the published per-metric "
-                                              "tables; calibration: by number of examples; results: models side by "
-                                              "side with win counts.")] = Kind.summary,
+    kind: Annotated[Kind, typer.Argument(help="summary: averages, drops, sizes; methods: side by side, before and "
+                                              "after; main: the published per-metric tables; calibration: by number "
+                                              "of examples; results: models side by side with win counts.")
+                    ] = Kind.summary,
     output_dir: OutputDir = None,
     models: ModelFilter = None,
     tasks: TaskFilter = None,
@@ -99,6 +101,61 @@ def table(
         kind.value, records, layout, filters=filters, metrics=metrics or [], rows=rows.value,
         checkpoints=[name for name in tables.CHECKPOINTS if checkpoint in (name, Checkpoint.both)],
     )
+    _show(made, problems, style.value, to, as_json)
+
+
+def report(
+    file: Annotated[Path, typer.Argument(help="The HTML file to write.")] = Path("report.html"),
+    output_dir: OutputDir = None,
+    models: ModelFilter = None,
+    tasks: TaskFilter = None,
+    groups: GroupFilter = None,
+    methods: MethodFilter = None,
+    keep_ks: KeepKFilter = None,
+    title: Annotated[str, typer.Option("--title", help="Heading of the page.")] = "Expert selection: results",
+    examples: Annotated[int, typer.Option("--examples", min=0, help="Changed predictions shown per run.")] = 5,
+    labels: Labels = None,
+    cached: Cached = True,
+) -> None:
+    """Write one self-contained HTML page about a tree: tables, plots, every run; opens from disk without network."""
+    from emo_select.tables.report import write_report
+
+    records, layout, filters = _read(output_dir, labels, cached, models, tasks, groups, methods, keep_ks)
+    write_report(filters.apply(records, layout), layout, file, title=title, examples=examples)
+    _complain(records.problems)
+    typer.echo(file)
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help="A run directory, a tree, or a model of the tree.")],
+    b: Annotated[str, typer.Argument(help="The other one, of the same kind.")],
+    output_dir: OutputDir = None,
+    metric: Annotated[str | None, typer.Option("--metric", help="Per-document metric, else each task's primary "
+                                                                "one.")] = None,
+    before: Annotated[bool, typer.Option("--before", help="Compare before finetuning, not after.")] = False,
+    resamples: Annotated[int, typer.Option("--resamples", min=100, help="Bootstrap samples.")] = 2000,
+    confidence: Annotated[float, typer.Option("--confidence", min=0.5, max=0.999, help="Of the intervals.")] = 0.95,
+    flips: Annotated[int, typer.Option("--flips", min=0, help="Documents to list that score differently.")] = 10,
+    style: Annotated[Style, typer.Option("--format", help="How to write it.", rich_help_panel=OUTPUT)] = Style.text,
+    to: Annotated[Path | None, typer.Option("--to", help="Write files into this folder, with all flips.",
+                                            rich_help_panel=OUTPUT)] = None,
+    labels: Labels = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two runs, models or trees document by document: intervals, flips, overlap of the kept experts."""
+    from dataclasses import replace
+
+    from emo_select.tables import load_layout
+    from emo_select.tables.compare import Options, comparison_tables, flips_table
+    from emo_select.tables.compare import compare as compared
+
+    options = Options("first" if before else "last", metric, resamples, confidence)
+    layout = load_layout(labels)
+    found, problems = compared(a, b, output_dir, options)
+    listed = flips_table(found)
+    if to is None and not as_json:
+        listed = replace(listed, rows=listed.rows[:flips])
+    made = [*comparison_tables(found, layout, options), *([listed] if listed.rows else [])]
     _show(made, problems, style.value, to, as_json)
 
 
@@ -143,4 +200,5 @@ def _complain(problems: Sequence[Problem]) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
-    app.command()(table)
+    for command in (table, report, compare):
+        app.command()(command)

@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emo_select import record
+from emo_select.errors import CheckpointError
 from emo_select.spec import Execution, RunSpec, digest
 from emo_select.tree import RunPaths, Tree
 
@@ -114,3 +116,15 @@ def checkpoint_fingerprint(run: Run, step: int) -> str:
     """Digest of what the results of `checkpoint-<step>` depend on; training matters from step 1 on."""
     trained = {"finetune": run.fingerprint("finetune")} if step else {}
     return digest({"stage": "eval", "step": step, **trained, **_eval_depends(run)})
+
+
+def reopen(directory: Path, execution: Execution) -> Run:
+    """The run that a run directory belongs to, from its `run.json`.
+
+    Raises `CheckpointError` where there is none or it cannot be read.
+    """
+    directory = directory.resolve()
+    found = record.load(RunPaths(directory))
+    if found is None:
+        raise CheckpointError(f"{directory} has no run.json; start it with `emo-select run` or `emo-select select`.")
+    return Run(found.spec, Tree(directory.parent.parent), execution)

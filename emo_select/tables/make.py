@@ -12,6 +12,7 @@ from emo_select.tables.layout import Layout
 from emo_select.tables.main import Checkpoint
 from emo_select.tables.pool import Filters
 from emo_select.tables.read import Problem, Records
+from emo_select.tables.methods import methods_table
 from emo_select.tables.results import results_table
 from emo_select.tables.summary import summarise, summary_table
 from emo_select.tables.write import Table
@@ -23,11 +24,12 @@ def make(
     kind: str, records: Records, layout: Layout, *, filters: Filters = Filters(),  # noqa: B008 - frozen
     metrics: Sequence[str] = (), rows: str = "auto", checkpoints: Sequence[Checkpoint] = ("last",),
 ) -> Made:
-    """Tables of one kind (summary, main, calibration, results) and the problems met while reading and averaging.
+    """Tables of one kind (summary, methods, main, calibration, results) and the problems met while reading and averaging.
 
     `rows`: published, found, or auto (published where the tree has a published model); `checkpoints`: which of first
     and last the main and calibration tables read. A metric that no run has is an `UnknownNameError`.
     """
+    layout = layout.naming(records.models)
     known = {name for run in records.runs for result in run.results.values() if result for name in result.metrics}
     for metric in metrics:
         if metric not in known:
@@ -49,7 +51,7 @@ def _whole(kind: str, records: Records, layout: Layout, metric: str | None) -> M
     if kind == "results":
         return results_table(records, layout, metric=metric)
     rows, problems = summarise(records, layout, metric=metric)
-    return [summary_table(rows, layout)], problems
+    return [(methods_table if kind == "methods" else summary_table)(rows, layout)], problems
 
 
 def _per_checkpoint(kind: str, records: Records, layout: Layout, filters: Filters, metrics: Sequence[str],
