@@ -14,6 +14,7 @@ from emo_select.tasks import get_tasks
 
 ABSOLUTE, RELATIVE = 5e-4, 2e-6
 COUNTED_OTHERWISE = ("per_token", "num_tokens", "max_tokens_reached", "extra_metrics")
+SUMS = ("sum_logits", "sum_logits_uncond", "logits_per_char", "bits_per_byte")
 RUNS = [(model, task) for model, tasks in {
     "random": ("arc_challenge", "boolq", "coqa", "drop", "gsm8k_generation_8shot", "hellaswag", "mmlu_biology",
                "mmlu_pro_law", "winogrande"),
@@ -63,7 +64,7 @@ def assert_same_prediction(ours: dict[str, Any], theirs: dict[str, Any]) -> None
     for one, other in zip(ours["model_output"], theirs["model_output"], strict=True):
         assert one.get("continuation") == other.get("continuation")
         assert one.get("model_answer") == other.get("model_answer")
-        for key in ("sum_logits", "sum_logits_uncond", "logits_per_char", "bits_per_byte") if "num_chars" in other else ():
+        for key in SUMS if "num_chars" in other else ():
             assert same(one.get(key), other.get(key)), key
 
 
