@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-MODEL, OPTIMIZER, SCALARS = "model.safetensors", "optimizer.safetensors", "optimizer.json"
+MODEL, OPTIMIZER, GROUPS = "model.safetensors", "optimizer.safetensors", "optimizer.json"
+SEPARATOR = "::"  # between a parameter's name and what is kept of it
 
 
 def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, *, writes: bool) -> None:
@@ -24,13 +25,14 @@ def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path,
     from torch.distributed.checkpoint import state_dict as dcp
 
     weights: dict[str, Any] = dcp.get_model_state_dict(model, options=_options(ignore_frozen=True))
-    moments: dict[str, Any] = dcp.get_optimizer_state_dict(model, optimizer, options=_options())
+    found: dict[str, Any] = dcp.get_optimizer_state_dict(model, optimizer, options=_options())
     if not writes:
         return
     folder.mkdir(parents=True, exist_ok=True)
     _save_tensors(weights, folder / MODEL)
-    _save_tensors({name: value for name, value in moments.items() if _is_tensor(value)}, folder / OPTIMIZER)
-    write_json(folder / SCALARS, {name: value for name, value in moments.items() if not _is_tensor(value)})
+    moments = {name + SEPARATOR + key: value for name, kept in found["state"].items() for key, value in kept.items()}
+    _save_tensors(moments, folder / OPTIMIZER)
+    write_json(folder / GROUPS, found["param_groups"])
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -49,7 +51,11 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
     """Put the optimiser's moments, step counts and rates back."""
     from torch.distributed.checkpoint import state_dict as dcp
 
-    saved: dict[str, Any] = {**_load_tensors(folder / OPTIMIZER), **read_json(folder / SCALARS)}
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, value in _load_tensors(folder / OPTIMIZER).items():
+        parameter, _, key = name.rpartition(SEPARATOR)
+        state.setdefault(parameter, {})[key] = value
+    saved: dict[str, Any] = {"state": state, "param_groups": read_json(folder / GROUPS)}
     dcp.set_optimizer_state_dict(model, optimizer, saved, options=_options())
 
 
@@ -61,14 +67,7 @@ def _options(*, ignore_frozen: bool = False, strict: bool = True) -> Any:
         cpu_offload=True,
         ignore_frozen_params=ignore_frozen,
         strict=strict,
-        flatten_optimizer_state_dict=True,
     )
-
-
-def _is_tensor(value: Any) -> bool:
-    import torch
-
-    return isinstance(value, torch.Tensor)
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
