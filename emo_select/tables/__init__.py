@@ -11,6 +11,6 @@ from emo_select.tables.read import Problem, Records, Result, Run, Setting, load_
 from emo_select.tables.write import Table, render, write_tables
 
 __all__ = [
-    "CHECKPOINTS", "Filters", "Layout", "Problem", "Records", "Result", "Run", "Setting", "Table", "load_layout", "load_tree", "make",
-    "problems_table", "render", "write_tables",
+    "CHECKPOINTS", "Filters", "Layout", "Problem", "Records", "Result", "Run", "Setting", "Table", "load_layout",
+    "load_tree", "make", "problems_table", "render", "write_tables",
 ]

@@ -78,6 +78,11 @@ class Layout(Frozen):
         found = self.models.get(name)
         return (found.label if found else None) or name
 
+    def naming(self, models: Mapping[str, str]) -> Layout:
+        """The same labels, with names for model folders that have none here."""
+        added = {folder: ModelLabel(label=name) for folder, name in sorted(models.items()) if folder not in self.models}
+        return self.model_copy(update={"models": {**self.models, **added}})
+
     def method(self, name: str) -> MethodLabel:
         """Labels of a method, else its name."""
         return self.methods.get(name) or MethodLabel(short=name, label=name)

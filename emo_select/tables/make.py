@@ -10,9 +10,9 @@ from emo_select.errors import UnknownNameError
 from emo_select.tables import calibration, main
 from emo_select.tables.layout import Layout
 from emo_select.tables.main import Checkpoint
+from emo_select.tables.methods import methods_table
 from emo_select.tables.pool import Filters
 from emo_select.tables.read import Problem, Records
-from emo_select.tables.methods import methods_table
 from emo_select.tables.results import results_table
 from emo_select.tables.summary import summarise, summary_table
 from emo_select.tables.write import Table
@@ -24,7 +24,7 @@ def make(
     kind: str, records: Records, layout: Layout, *, filters: Filters = Filters(),  # noqa: B008 - frozen
     metrics: Sequence[str] = (), rows: str = "auto", checkpoints: Sequence[Checkpoint] = ("last",),
 ) -> Made:
-    """Tables of one kind (summary, methods, main, calibration, results) and the problems met while reading and averaging.
+    """Tables of one kind (summary, methods, main, calibration, results) and the problems met on the way.
 
     `rows`: published, found, or auto (published where the tree has a published model); `checkpoints`: which of first
     and last the main and calibration tables read. A metric that no run has is an `UnknownNameError`.

@@ -19,7 +19,7 @@ def methods_table(rows: Sequence[SummaryRow], layout: Layout) -> Table:
 
     A model with all experts is the same under every method, so its row shows the one run for all of them.
     """
-    methods = [name for name in layout.methods if any(row.setting.method == name for row in rows)]
+    methods = layout.ordered({row.setting.method for row in rows}, layout.methods)
     lines: dict[Line, dict[str, SummaryRow]] = {}
     for row in sorted(rows, key=lambda row: row.setting.method == "random"):
         for line in _lines(row, lines, layout):
@@ -33,8 +33,8 @@ def _lines(row: SummaryRow, lines: dict[Line, dict[str, SummaryRow]], layout: La
     own = _line(row, layout)
     if row.setting.method != "random":
         return [own]
-    peers = [line for line, found in lines.items() if own == _line(next(iter(found.values())), layout, calibrated=False)]
-    return peers or [own]
+    firsts = {line: next(iter(found.values())) for line, found in lines.items()}
+    return [line for line, first in firsts.items() if own == _line(first, layout, calibrated=False)] or [own]
 
 
 def _line(row: SummaryRow, layout: Layout, *, calibrated: bool = True) -> Line:
@@ -44,7 +44,7 @@ def _line(row: SummaryRow, layout: Layout, *, calibrated: bool = True) -> Line:
 
 def _cells(line: Line, found: dict[str, SummaryRow], methods: Sequence[str]) -> list[Cell]:
     any_row = next(iter(found.values()))
-    shown = {method: any_row for method in methods} if any_row.full else found
+    shown = dict.fromkeys(methods, any_row) if any_row.full else found
     return [*line, any_row.metric, *(_cell(shown.get(method)) for method in methods)]
 
 

@@ -21,7 +21,8 @@ from emo_select.tree import RunPaths, Tree, numbered_checkpoints
 
 # The published scripts spell a seed into the middle of the shots part; read it as what was meant.
 _ODD_SEED = re.compile(r"_(pshots|eshots)_pseed-(\d+)-(\d+)")
-_NOT_RUNS = ("activations",)
+_NOT_RUNS = ("activations", "evaluations")
+_HEADLINES = ("primary_score", "acc_raw", "acc_per_char", "exact_match", "f1", "recall")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class Result:
     metrics: dict[str, float]
     count: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
+    primary: str | None = None
+    """The metric that primary_score repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ class Run:
     results: dict[int, Result | None]
     """First and last checkpoint step -> metrics; None where the metrics cannot be had."""
     record: dict[str, Any] = field(default_factory=dict)
-    """run.json, where there is one."""
+    """run.json without its notes, where there is one; outputs only as `weight_bytes`."""
     odd_name: bool = False
 
     @property
@@ -114,16 +117,17 @@ class Run:
 
     def stage(self, name: str) -> dict[str, Any]:
         """The completion record of a stage; empty where there is none."""
-        stages = self.record.get("stages")
-        found = stages.get(name) if isinstance(stages, dict) else None
-        return found if isinstance(found, dict) else {}
+        return dict(self.record.get("stages", {}).get(name, {}))
 
     @property
     def disk_bytes(self) -> int | None:
         """Size of the pruned checkpoint's weight files, also after they were dropped."""
-        outputs = self.stage("prune").get("outputs")
-        sizes = outputs.items() if isinstance(outputs, dict) else ()
-        return sum(size for name, size in sizes if name.endswith(".safetensors")) or None
+        return self.stage("prune").get("weight_bytes")
+
+    @property
+    def seconds(self) -> float | None:
+        """Time spent in all stages."""
+        return sum(done.get("seconds") or 0 for done in self.record.get("stages", {}).values()) or None
 
     @property
     def peak_memory(self) -> int | None:
@@ -140,6 +144,12 @@ class Records:
     root: Path
     runs: list[Run]
     problems: list[Problem]
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Model folder -> the model's id, where a run's record says it."""
+        found = {run.setting.model: (run.record.get("spec") or {}).get("model") for run in self.runs}
+        return {folder: str(name) for folder, name in found.items() if name}
 
 
 def load_tree(root: str | Path | None = None, *, cached: bool = True) -> Records:
@@ -211,13 +221,10 @@ class _Reader:
         return replace(setting, keep_k=keep_k, variant=unseeded.variant), spec.calibration.seed
 
     def record(self, path: Path) -> dict[str, Any]:
-        value = self.cache.read(path, _parse_json)
-        if value is None:
-            return {}
-        if not isinstance(value.get("value"), dict):
-            self.problem("run.json", path, value.get("error") or "It is not a JSON object.")
-            return {}
-        return dict(value["value"])
+        value = self.cache.read(path, _parse_record)
+        if value is not None and "error" in value:
+            self.problem("run.json", path, value["error"])
+        return dict((value or {}).get("record", {}))
 
     def results(self, paths: RunPaths) -> dict[int, Result | None]:
         steps = numbered_checkpoints(paths.results)
@@ -234,7 +241,7 @@ class _Reader:
         value = self.cache.read(folder / name, _parse_metrics) or {"error": "It cannot be read."}
         for message in [value["error"]] if "error" in value else value["notes"]:
             self.problem("metrics", folder / name, message)
-        return None if "error" in value else Result(value["metrics"], value["count"], value["errors"])
+        return None if "error" in value else Result(**value["result"])
 
     def problem(self, kind: str, path: Path, message: str) -> None:
         self.problems.append(Problem(kind, str(path.relative_to(self.root)), message))
@@ -264,6 +271,25 @@ def _parse_json(data: bytes) -> dict[str, Any]:
         return {"error": f"It is not JSON ({error})."}
 
 
+def _parse_record(data: bytes) -> dict[str, Any]:
+    """What tables need of run.json; stage notes can hold a whole training history."""
+    parsed = _parse_json(data)
+    if "error" in parsed:
+        return parsed
+    content = parsed["value"]
+    try:
+        stages = {name: _stage(stage) for name, stage in content["stages"].items()}
+        return {"record": {"spec": content["spec"], "stages": stages}}
+    except (KeyError, TypeError, AttributeError) as error:
+        return {"error": f"It is not a run record ({error!r})."}
+
+
+def _stage(stage: dict[str, Any]) -> dict[str, Any]:
+    sizes = stage["outputs"]
+    kept = {name: value for name, value in stage.items() if name not in ("notes", "outputs", "versions")}
+    return kept | {"weight_bytes": sum(sizes[name] for name in sizes if name.endswith(".safetensors")) or None}
+
+
 def _parse_metrics(data: bytes) -> dict[str, Any]:
     """The numbers of one metrics file, as plain data that the cache can hold."""
     parsed = _parse_json(data)
@@ -274,16 +300,24 @@ def _parse_metrics(data: bytes) -> dict[str, Any]:
         return {"error": "It has no `metrics` object."}
     metrics, notes = _numbers(content["metrics"])
     count = content.get("num_instances")
-    errors, _ = _numbers(content.get("standard_errors") or {})
-    return {"metrics": metrics, "notes": notes, "errors": errors, "count": count if isinstance(count, int) else None}
+    errors = content.get("standard_errors")
+    errors = _numbers(errors)[0] if isinstance(errors, dict) else {}
+    config = content.get("task_config")
+    primary = config.get("primary_metric") if isinstance(config, dict) else None
+    result = {"metrics": metrics, "count": count if isinstance(count, int) else None, "errors": errors,
+              "primary": primary if isinstance(primary, str) else None}
+    return {"result": result, "notes": notes}
 
 
 def _numbers(values: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
-    """Numbers, booleans and numeric strings as floats; nested objects are skipped, anything else is noted."""
+    """Numbers, booleans and numeric strings as floats; nested objects are skipped, anything else is noted.
+
+    null is an ordinary value of metrics that do not apply, so it is noted for those that tables are made of only.
+    """
     numbers: dict[str, float] = {}
     notes: list[str] = []
     for name, value in values.items():
-        if isinstance(value, dict | list):
+        if isinstance(value, dict | list) or (value is None and name not in _HEADLINES):
             continue
         try:
             numbers[name] = float(value)
