@@ -275,7 +275,8 @@ def _keep_set(stage: Pass, keep_k: KeepK, kept: Kept, scores: list[list[float] |
     return KeepSet(
         experts=tuple(None if layer is None else tuple(layer) for layer in kept),
         method="layerwise" if isinstance(keep_k, int) else "variable",
-        keep_k=keep_k if isinstance(keep_k, int) else min(len(layer) for layer in kept if layer),
+        keep_k=keep_k if isinstance(keep_k, int) else min(keep_k),
+        schedule=None if isinstance(keep_k, int) else keep_k,
         num_shared=max(rule.keep_shared for rule in stage.rules if rule),
         score=score,
         scores=None if scores is None else tuple(None if row is None else tuple(row) for row in scores),

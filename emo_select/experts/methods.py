@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from emo_select.errors import CheckpointError, SpecError, UnknownNameError
+from emo_select.errors import CheckpointError, UnknownNameError
 from emo_select.experts.keepset import KeepSet
 from emo_select.experts.rules import KeepK, LayerRules, choose, layer_rules, resolve_keep_k
 
@@ -80,8 +80,7 @@ def select_random(config: Mapping[str, Any], keep_k: KeepK, seed: int = 0, *, nu
 
 def _keep_set(rules: list[LayerRules | None], kept: list[tuple[int, ...] | None], keep_k: KeepK,
               fields: dict[str, Any]) -> KeepSet:
-    sizes = [len(layer) for layer in kept if layer]
-    if not sizes:
-        raise SpecError("The model has no layer with experts to select.")
-    return KeepSet(experts=tuple(kept), keep_k=keep_k if isinstance(keep_k, int) else min(sizes),
+    if isinstance(keep_k, tuple):
+        fields |= {"schedule": keep_k}
+    return KeepSet(experts=tuple(kept), keep_k=keep_k if isinstance(keep_k, int) else min(keep_k),
                    num_shared=max(rule.keep_shared for rule in rules if rule), **fields)

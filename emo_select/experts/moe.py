@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emo_select.experts.rules import LayerRules
-from emo_select.experts.scores import LayerSums
+from emo_select.experts.scores import NEEDS_EXPERTS, LayerSums
 
 GroupRows = Sequence[tuple[int, Tensor | None]]
 
@@ -33,7 +33,7 @@ class Recorder:
     @property
     def needs_norms(self) -> bool:
         """Whether expert outputs have to be measured."""
-        return "norm" in self.sums.values
+        return not NEEDS_EXPERTS.isdisjoint(self.sums.values)
 
     def routed(self, logits: Tensor, gates: Tensor, index: Tensor) -> None:
         """Router output: logits (T, E), routing weights and expert indices (T, K)."""
@@ -53,8 +53,8 @@ class Recorder:
         """Input and output (T, D) of the whole block, separate shared experts included."""
         if self._norms is None or "easy_ep" not in self.sums.values:
             return
-        before = hidden.float()
-        turned = (1 - F.cosine_similarity(before, before + output.float(), dim=-1)).clamp(min=0)
+        before = hidden.double()  # 1 - cos of nearly parallel vectors would lose half the digits of fp32
+        turned = (1 - F.cosine_similarity(before, before + output, dim=-1)).clamp(min=0)
         self._add_chosen("easy_ep", self._probability * self._norms * turned[:, None])
 
     def probabilities(self, logits: Tensor) -> Tensor:

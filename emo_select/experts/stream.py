@@ -145,7 +145,7 @@ class Skeleton:
         self.family = check_layout(checkpoint)
         self.config = _transformers_config(self.source)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa", dtype=dtype)
+            model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         self.base: Any = model.model.eval()
         self._classes = [type(layer) for layer in self.base.layers]
         self.base.layers = nn.ModuleList(_Skip() for _ in self._classes)
@@ -203,7 +203,9 @@ class Skeleton:
         experts = tuple(None if not count else tuple(kept) if index == layer or not alone else tuple(range(count))
                         for index, count in enumerate(counts))
         keep_set = KeepSet(experts=experts, method="layerwise", keep_k=len(kept))
-        return _transformers_config(pruned_config(self.source, self.family, keep_set))
+        config = _transformers_config(pruned_config(self.source, self.family, keep_set))
+        config._attn_implementation = self.config._attn_implementation
+        return config
 
 
 class AttentionHalf:
@@ -286,9 +288,7 @@ def _transformers_config(config: Mapping[str, Any]) -> Any:
     from emo_select.models import register
 
     register()
-    made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    made._attn_implementation, made._experts_implementation = "sdpa", "eager"
-    return made
+    return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
 
 
 class _Skip(nn.Module):
