@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
     """Join the processes that `torchrun` started for the body; does nothing without it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
         yield
         return
+    import torch
+    import torch.distributed as dist
+
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank())
@@ -29,12 +30,14 @@ def process_group() -> Iterator[None]:
 
 def rank() -> int:
     """Number of this process; 0 writes the files."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    group = _joined()
+    return int(group.get_rank()) if group else 0
 
 
 def world_size() -> int:
     """How many processes share the work."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    group = _joined()
+    return int(group.get_world_size()) if group else 1
 
 
 def local_rank() -> int:
@@ -55,8 +58,15 @@ def own_share(owners: Sequence[Hashable]) -> list[int]:
 
 def exchanged(items: Any) -> list[Any]:
     """The `items` of every process, on every process."""
-    if world_size() == 1:
+    group = _joined()
+    if group is None:
         return [items]
     parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, items)
+    group.all_gather_object(parts, items)
     return parts
+
+
+def _joined() -> Any:
+    """torch.distributed where there is a process group, else None; torch is not imported for the question."""
+    group = sys.modules.get("torch.distributed")
+    return group if group and group.is_available() and group.is_initialized() else None

@@ -43,6 +43,7 @@ class EvalOptions:
     max_length: int = 2048
     dtype: str = "float32"
     add_bos_token: bool = False
+    backend: str = "hf"
     device: str = "auto"
     device_map: str | None = None
     token_budget: int | None = None

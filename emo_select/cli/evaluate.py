@@ -1,0 +1,216 @@
+"""`eval`: score a run's checkpoints, any model, or one model under many keep sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emo_select.cli import common
+from emo_select.cli.common import CALIBRATE, MACHINE, OUTPUT, RUN, SCORE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from emo_select.evaluate import EvalOptions
+    from emo_select.tasks import Task
+
+Models = Annotated[list[str] | None, typer.Option("--model", "-m", help="Hub id, folder or demo/NAME.",
+                                                  rich_help_panel=RUN)]
+Tasks = Annotated[list[str] | None, typer.Option("--task", "-t", help="Task or group; see `emo-select tasks`.",
+                                                 rich_help_panel=RUN)]
+RunDirectory = Annotated[Path | None, typer.Argument(help="A run directory: scores each of its checkpoints.")]
+Shots = Annotated[int | None, typer.Option("--num-shots", min=0, show_default="the task's", help="Few-shot examples.",
+                                           rich_help_panel=SCORE)]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, show_default="all", help="First N test documents.",
+                                           rich_help_panel=SCORE)]
+Samples = Annotated[list[str] | None, typer.Option(
+    "--samples", help="Documents by number: TASK=0,3,5, or a JSON file of lists by task.", rich_help_panel=SCORE)]
+MaxLength = Annotated[int, typer.Option("--max-length", min=2, help="Longest model input in tokens.",
+                                        rich_help_panel=SCORE)]
+AddBos = Annotated[bool, typer.Option("--add-bos", help="Begin every input with the tokenizer's BOS.",
+                                      rich_help_panel=SCORE)]
+KeepSetFile = Annotated[Path | None, typer.Option(
+    "--keep-set", help="selection.json: route the full model to these experts only.", rich_help_panel=RUN)]
+Sweep = Annotated[str | None, typer.Option(
+    "--sweep-keep-k", help="Several keep-k (16, 12.5%, full) on one loaded model, and the curve.",
+    rich_help_panel=RUN)]
+Method = Annotated[str, typer.Option("--method", help="How --sweep-keep-k selects.", rich_help_panel=CALIBRATE)]
+Backend = Annotated[str, typer.Option("--backend", help="hf, or vllm where it is installed.", rich_help_panel=MACHINE)]
+DeviceMap = Annotated[str | None, typer.Option("--device-map", help="auto or balanced: spread the model over devices.",
+                                               rich_help_panel=MACHINE)]
+Precision = Annotated[str, typer.Option("--dtype", help="float32, as published, or bfloat16.",
+                                        rich_help_panel=MACHINE)]
+TokenBudget = Annotated[int | None, typer.Option("--token-budget", min=1, show_default="from free memory",
+                                                 help="New tokens per forward pass.", rich_help_panel=MACHINE)]
+Out = Annotated[Path | None, typer.Option("--out", show_default="<output dir>/<model>/evaluations",
+                                          help="Folder of the result files.", rich_help_panel=OUTPUT)]
+Force = Annotated[bool, typer.Option("--force", help="Evaluate again what is done.", rich_help_panel=OUTPUT)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command("eval", rich_help_panel="Single stages")(evaluate)
+
+
+def evaluate(
+    run: RunDirectory = None,
+    model: Models = None,
+    task: Tasks = None,
+    num_shots: Shots = None,
+    limit: Limit = None,
+    samples: Samples = None,
+    max_length: MaxLength = 2048,
+    add_bos: AddBos = False,
+    keep_set: KeepSetFile = None,
+    sweep_keep_k: Sweep = None,
+    method: Method = "layerwise",
+    num_examples: common.NumExamples = None,
+    seed: common.Seed = 0,
+    calibration: common.CalibrationFile = None,
+    backend: Backend = "hf",
+    device: common.Device = "auto",
+    device_map: DeviceMap = None,
+    dtype: Precision = "float32",
+    token_budget: TokenBudget = None,
+    data_dir: common.DataDir = None,
+    trust_remote_code: common.TrustRemoteCode = False,
+    out: Out = None,
+    output_dir: common.OutputDir = None,
+    force: Force = False,
+    as_json: common.AsJson = False,
+) -> None:
+    """Score models on tasks and write the published result files.
+
+    A stopped evaluation goes on where it was when the same command is given again. Under torchrun the documents are
+    shared out over the processes.
+    """
+    machine = {"device": device, "data_dir": data_dir, "trust_remote_code": trust_remote_code}
+    if run is not None:
+        _evaluate_run(run, machine, bool(model or task), as_json=as_json)
+        return
+    from emo_select.evaluate import EvalOptions
+    from emo_select.tasks import get_tasks
+
+    models, tasks = _asked(model, task, data_dir)
+    options = EvalOptions(
+        num_shots=num_shots, limit=limit, samples=_samples(samples, data_dir), max_length=max_length, dtype=dtype,
+        add_bos_token=add_bos, backend=backend, device=device, device_map=device_map, token_budget=token_budget,
+        trust_remote_code=trust_remote_code, force=force,
+    )
+    found = get_tasks(tasks, data_dir=data_dir)
+    if sweep_keep_k:
+        texts = {"num_examples": num_examples, "seed": seed, "num_shots": num_shots, "file": calibration}
+        _sweep(models, found, common.listed([sweep_keep_k]), method, options, _folder(models[0], out, output_dir),
+               texts, as_json=as_json)
+        return
+    folders = {name: _folder(name, out, output_dir, nested=len(models) > 1) for name in models}
+    scores = {name: _score(name, found, folder, options, keep_set) for name, folder in folders.items()}
+    _show(scores, folders, found, as_json=as_json)
+
+
+def _asked(model: list[str] | None, task: list[str] | None, data_dir: str | None) -> tuple[list[str], list[str]]:
+    from emo_select.errors import SpecError
+
+    if not (model and task):
+        raise SpecError("Name what to evaluate: a run directory, or --model and --task.")
+    return common.listed(model), common.listed(task)
+
+
+def _evaluate_run(directory: Path, machine: dict[str, Any], named: bool, *, as_json: bool) -> None:
+    """The eval stage of one run, as `emo-select run` would do it."""
+    from emo_select.errors import SpecError
+    from emo_select.pipeline import execute, plan, reopen
+    from emo_select.spec import Execution, checked
+    from emo_select.tree import read_json
+
+    if named:
+        raise SpecError("A run directory has its own model and task; leave out --model and --task, or the directory.")
+    run = reopen(directory, checked(Execution, machine))
+    execute(run, plan(run, ["eval"]))
+    files = {path: read_json(path) for path in sorted(run.paths.results.glob("checkpoint-*/task-*-metrics.json"))}
+    if as_json:
+        common.emit({str(path): content["metrics"] for path, content in files.items()})
+    else:
+        for path, content in files.items():
+            typer.echo(f"{path.parent.name:16} {content['task_name']}  {content['metrics']['primary_score']:.4f}")
+
+
+def _score(model: str, tasks: Sequence[Task], folder: Path, options: EvalOptions, keep_set: Path | None
+           ) -> dict[str, dict[str, Any]]:
+    from emo_select.evaluate import evaluate_checkpoint, evaluate_keep_set
+    from emo_select.experts import KeepSet
+
+    if keep_set is None:
+        return evaluate_checkpoint(model, tasks, folder, options)
+    path = keep_set / "selection.json" if keep_set.is_dir() else keep_set
+    return evaluate_keep_set(model, tasks, KeepSet.load(path), folder, options)
+
+
+def _sweep(models: Sequence[str], tasks: Sequence[Task], keep_ks: Sequence[str], method: str, options: EvalOptions,
+           folder: Path, calibration: dict[str, Any], *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from emo_select.checkpoint import open_checkpoint
+    from emo_select.errors import SpecError
+    from emo_select.evaluate import curve
+    from emo_select.experts import StreamOptions
+    from emo_select.models.families import experts_per_layer
+    from emo_select.spec import Calibration, checked, parse_keep_k
+
+    if len(models) > 1:
+        raise SpecError("--sweep-keep-k loads one model; give one --model.")
+    for task in tasks:
+        task.require_data()
+    with open_checkpoint(models[0]) as checkpoint:
+        largest = max(experts_per_layer(checkpoint.config))
+    wanted, texts = sorted({parse_keep_k(text, largest) for text in keep_ks}), checked(Calibration, calibration)
+    stream = StreamOptions(device=options.device)
+    chosen = {task.name: curve.choose(models[0], task, method, wanted, texts, stream) for task in tasks}
+    points = curve.sweep_keep_k(models[0], tasks, chosen, folder / f"sweep-{method}", options)
+    if as_json:
+        common.emit([asdict(point) for point in points])
+    else:
+        typer.echo(curve.as_text(points))
+
+
+def _samples(given: list[str] | None, data_dir: str | None) -> Mapping[str, Sequence[int]] | None:
+    """Document numbers by run name, from TASK=0,3,5 or from a JSON file."""
+    from emo_select.errors import SpecError
+    from emo_select.tasks import get_tasks
+    from emo_select.tree import read_json
+
+    chosen: dict[str, list[int]] = {}
+    for text in given or []:
+        name, equals, numbers = text.rpartition("=")
+        try:
+            lists = {name: numbers.split(",")} if equals else read_json(Path(text))
+            chosen |= {get_tasks([key], data_dir)[0].name: [int(n) for n in value] for key, value in lists.items()}
+        except (ValueError, TypeError, AttributeError):
+            raise SpecError(f"--samples {text!r} is neither TASK=0,3,5 nor a JSON file of lists by task.") from None
+    return chosen or None
+
+
+def _folder(model: str, out: Path | None, output_dir: str | None, *, nested: bool = False) -> Path:
+    from emo_select.spec import model_directory
+    from emo_select.tree import Tree
+
+    if out is not None:
+        return out / model_directory(model) if nested else out
+    return Tree.at(output_dir).root / model_directory(model) / "evaluations"
+
+
+def _show(scores: dict[str, dict[str, dict[str, Any]]], folders: dict[str, Path], tasks: Sequence[Task], *,
+          as_json: bool) -> None:
+    from emo_select.progress import say
+
+    if as_json:
+        common.emit(scores)
+        return
+    width = max(len(task.name) for task in tasks)
+    for model, metrics in scores.items():
+        typer.echo(model)
+        for task in tasks:
+            typer.echo(f"  {task.name:{width}}  {task.primary_metric:12} {metrics[task.name]['primary_score']:.4f}")
+        say(f"Files: {folders[model].resolve()}")

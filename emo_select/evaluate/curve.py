@@ -1,0 +1,145 @@
+"""Accuracy against memory: one loaded model, masked to one keep set after the other.
+
+Keep sets are chosen from the checkpoint on disk, all keep-k in one pass, before the model is loaded for scoring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emo_select import progress
+from emo_select.checkpoint import Checkpoint, open_checkpoint
+from emo_select.errors import UnknownNameError
+from emo_select.evaluate import parallel
+from emo_select.evaluate.run import EvalOptions, Evaluator, load_engine
+from emo_select.spec import METHODS, Calibration, digest
+from emo_select.tasks.base import Task
+from emo_select.tree import write_json
+
+if TYPE_CHECKING:
+    from emo_select.evaluate.engine import SharedPrefixLM
+    from emo_select.experts import KeepSet, StreamOptions
+
+KeepSets = dict[int, "KeepSet"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One keep-k of one task. `size` is the bytes of the pruned checkpoint, `value` the task's primary metric."""
+
+    task: str
+    keep_k: int
+    size: int
+    metric: str
+    value: float
+
+
+def sweep_keep_k(
+    model: str, tasks: Sequence[Task], keep_sets: Mapping[str, KeepSets], out_dir: Path, options: EvalOptions
+) -> list[Point]:
+    """Score `model` masked to `keep_sets[task name][keep-k]`; result files in `out_dir/keepk-<K>/`, and the curve."""
+    with open_checkpoint(model) as checkpoint, parallel.process_group():
+        engine = load_engine(model, options)
+        points = [_point(checkpoint, engine, model, task, keep_set, out_dir / f"keepk-{keep_k}", options)
+                  for task in tasks for keep_k, keep_set in sorted(keep_sets[task.name].items())]
+    if parallel.rank() == 0:
+        write_json(out_dir / "curve.json", [asdict(point) for point in points])
+        if not draw(points, out_dir / "curve.png"):
+            progress.say("Install emo-select[plots] to get the curve as a picture.")
+    return points
+
+
+def evaluate_masked(
+    engine: SharedPrefixLM, config: Mapping[str, Any], model: str, tasks: Sequence[Task], keep_set: KeepSet,
+    out_dir: Path, options: EvalOptions,
+) -> dict[str, dict[str, Any]]:
+    """Metrics by task of a loaded full model that routes to the experts of `keep_set` only; writes result files."""
+    from emo_select.evaluate.masking import masked
+
+    name = digest([None if kept is None else list(kept) for kept in keep_set.experts])
+    with masked(engine.model, config, keep_set), Evaluator(model, out_dir, options, engine=engine,
+                                                           keep_set=name) as evaluator:
+        return {task.name: evaluator.evaluate(task, index) for index, task in enumerate(tasks)}
+
+
+def evaluate_keep_set(
+    model: str, tasks: Sequence[Task], keep_set: KeepSet, out_dir: Path, options: EvalOptions | None = None
+) -> dict[str, dict[str, Any]]:
+    """Evaluate a full model as if it were pruned to `keep_set`: the numbers of the pruned checkpoint."""
+    options = options or EvalOptions()
+    for task in tasks:
+        task.require_data()
+    with open_checkpoint(model) as checkpoint, parallel.process_group():
+        engine = load_engine(model, options)
+        return evaluate_masked(engine, checkpoint.config, model, tasks, keep_set, out_dir, options)
+
+
+def _point(checkpoint: Checkpoint, engine: SharedPrefixLM, model: str, task: Task, keep_set: KeepSet, out_dir: Path,
+           options: EvalOptions) -> Point:
+    from emo_select.experts.prune import plan_prune
+
+    size = plan_prune(checkpoint, keep_set, allow_nonuniform=True).total_bytes
+    keep_set.save(out_dir / f"selection-{task.name}.json")
+    progress.say(f"{task.name}, keep-k {keep_set.keep_k}")
+    metrics = evaluate_masked(engine, checkpoint.config, model, [task], keep_set, out_dir, options)[task.name]
+    return Point(task.name, keep_set.keep_k, size, task.primary_metric, float(metrics["primary_score"]))
+
+
+def choose(model: str, task: Task, method: str, keep_ks: Sequence[int], calibration: Calibration,
+           options: StreamOptions) -> KeepSets:
+    """The keep sets of one method for several keep-k, from one pass over the checkpoint."""
+    from emo_select import experts
+    from emo_select.models import load_tokenizer
+
+    if method not in METHODS:
+        raise UnknownNameError("method", method, METHODS)
+    about: dict[str, Any] = {"model": model, "seed": calibration.seed}
+    with open_checkpoint(model) as checkpoint:
+        if method == "random":
+            return {k: experts.select_random(checkpoint.config, k, calibration.seed, about=about) for k in keep_ks}
+        texts = experts.calibration_tokens(task, load_tokenizer(model), calibration)
+        about |= {"task": task.name, "split": "validation", "num_shots": calibration.num_shots,
+                  "num_examples": calibration.num_examples}
+        if method == "layerwise":
+            found = experts.select_layerwise(checkpoint, texts.token_ids, keep_ks, options=options, about=about)
+            return {keep_set.keep_k: keep_set for keep_set in found.values()}
+        scores = experts.collect_activations(checkpoint, texts.token_ids, options=options)
+        return {k: experts.select_from_scores(scores, method, k, checkpoint.config, about=about) for k in keep_ks}
+
+
+def as_text(points: Sequence[Point], width: int = 40) -> str:
+    """The curve for a terminal: one line per point, with a bar from 0 to 1 (or to the largest value above)."""
+    top = max(1.0, *(point.value for point in points))
+    lines = []
+    for task in dict.fromkeys(point.task for point in points):
+        own = [point for point in points if point.task == task]
+        lines.append(f"{task} ({own[0].metric})")
+        lines += [f"  keep-k {point.keep_k:>4}  {point.size / 1e9:8.3f} GB  {point.value:6.3f}  "
+                  f"{'█' * round(width * max(point.value, 0) / top)}" for point in own]
+    return "\n".join(lines)
+
+
+def draw(points: Sequence[Point], path: Path) -> bool:
+    """Draw accuracy over memory into a PNG; False where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for task in dict.fromkeys(point.task for point in points):
+        own = [point for point in points if point.task == task]
+        axes.plot([point.size / 1e9 for point in own], [point.value for point in own], marker="o",
+                  label=f"{task} ({own[0].metric})")
+        for point in own:
+            axes.annotate(str(point.keep_k), (point.size / 1e9, point.value), xytext=(0, 6),
+                          textcoords="offset points", ha="center", fontsize=8)
+    axes.set(xlabel="weights in GB (labels: experts kept per layer)", ylabel="score", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    FigureCanvasAgg(figure).print_png(path)
+    return True
