@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,3 +51,20 @@ def make_model() -> MakeModel:
 def moe(make_model: MakeModel) -> Any:
     """An OLMoE that would return router logits, as pruned checkpoints do."""
     return make_model("Olmoe", num_experts=8, num_experts_per_tok=2, output_router_logits=True)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A tiny EMO checkpoint with a tokenizer."""
+    import torch
+
+    from emo_select.models import EmoConfig, EmoForCausalLM
+
+    torch.manual_seed(0)
+    config = EmoConfig(vocab_size=400, hidden_size=32, intermediate_size=16, num_hidden_layers=2,
+                       num_attention_heads=4, num_experts=9, num_experts_per_tok=3, num_shared_experts=1,
+                       initializer_range=0.15, pad_token_id=1, eos_token_id=0)
+    folder = tmp_path_factory.mktemp("model")
+    EmoForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
