@@ -267,6 +267,11 @@ class Task(ABC):
 
     # ---- evaluation
 
+    @property
+    def generation_options(self) -> dict[str, Any]:
+        """Options of a generation request, as lm-eval names them; empty for multiple choice."""
+        return {}
+
     @abstractmethod
     def requests(self, doc: Doc, num_shots: int | None = None) -> list[Request]:
         """What the model is asked about a document."""

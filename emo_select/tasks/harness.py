@@ -10,7 +10,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task as LmEvalTask
 
 from emo_select.tasks.base import Doc, Task
-from emo_select.tasks.kinds import Generate
 from emo_select.tasks.metrics import mean
 
 
@@ -31,7 +30,7 @@ class HarnessTask(LmEvalTask):  # type: ignore[misc]
         self.task = task
         self.num_shots = task.default_shots if num_shots is None else num_shots
         self.docs = list(task.docs("test")[:limit])
-        self.OUTPUT_TYPE = "generate_until" if isinstance(task, Generate) else "loglikelihood"
+        self.OUTPUT_TYPE = "generate_until" if task.kind == "generation" else "loglikelihood"
         super().__init__(config={"task": task.name, "num_fewshot": self.num_shots, "repeats": 1})
 
     def download(self, *args: Any, **kwargs: Any) -> None:
@@ -63,7 +62,7 @@ class HarnessTask(LmEvalTask):  # type: ignore[misc]
         return self.task.answer(doc)
 
     def construct_requests(self, doc: Doc, ctx: str, **kwargs: Any) -> list[Instance]:
-        options = self.task.generation_options if isinstance(self.task, Generate) else None
+        options = self.task.generation_options if self.task.kind == "generation" else None
         requests = self.task.requests(doc, self.num_shots)
         return [
             Instance(

@@ -153,7 +153,6 @@ class Generate(Task):
 
     @property
     def generation_options(self) -> dict[str, Any]:
-        """Options of a generation request, as lm-eval names them."""
         return {"until": list(self.stops), "max_gen_toks": self.max_tokens, "do_sample": False, "temperature": 0.0}
 
     def requests(self, doc: Doc, num_shots: int | None = None) -> list[Request]:

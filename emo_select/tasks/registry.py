@@ -12,7 +12,7 @@ from emo_select.tasks import mmlu, published
 from emo_select.tasks.base import Task
 
 PROVIDERS = ("emo_select.tasks.published", "emo_select.tasks.mmlu", "emo_select.demo.tasks")
-LM_EVAL_PREFIX = "lm-eval:"
+LM_EVAL_PREFIXES = ("lm-eval:", "lm-eval-")  # as typed, and as it stands in directory names
 
 
 def list_tasks(data_dir: str | Path | None = None) -> list[Task]:
@@ -59,6 +59,10 @@ def get_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> list[
 def _named(name: str, known: Sequence[Task], data_dir: Path | None) -> Sequence[Task]:
     if name.endswith((".yaml", ".yml")):
         return [_user_task(Path(name), known)]
+    if name.startswith(LM_EVAL_PREFIXES):
+        from emo_select.tasks.lmeval import load_lm_eval
+
+        return load_lm_eval(name[len(LM_EVAL_PREFIXES[0]):], data_dir)
     if name in _user_files:
         return [_user_task(_user_files[name], known)]
     by_name: dict[str, Sequence[Task]] = {}
