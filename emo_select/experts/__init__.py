@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from emo_select.experts.options import StreamOptions
     from emo_select.experts.prune import prune_checkpoint
     from emo_select.experts.scores import Scores
+    from emo_select.experts.select import select_experts
 
 _LAZY = {
     "KeepSet": "keepset",
@@ -23,6 +24,7 @@ _LAZY = {
     "collect_activations": "activations",
     "mixed_tokens": "calibration",
     "prune_checkpoint": "prune",
+    "select_experts": "select",
     "select_from_scores": "methods",
     "select_layerwise": "layerwise",
     "select_random": "methods",
@@ -36,6 +38,7 @@ __all__ = [
     "collect_activations",
     "mixed_tokens",
     "prune_checkpoint",
+    "select_experts",
     "select_from_scores",
     "select_layerwise",
     "select_random",

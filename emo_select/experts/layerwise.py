@@ -62,7 +62,8 @@ def select_layerwise(checkpoint: Checkpoint, token_ids: Sequence[Sequence[int]],
     """
     criterion(score)
     wanted = {keep_k: resolve_keep_k(checkpoint.config, keep_k, num_shared) for keep_k in keep_ks}
-    stage = Pass(checkpoint, token_ids, groups, options or StreamOptions(), num_shared)
+    # only a mixture needs sums per task
+    stage = Pass(checkpoint, token_ids, groups if weights else None, options or StreamOptions(), num_shared)
     everything = [len(kept) if kept else None for kept in full_set(stage.rules)]
     asked = [keep_k for keep_k, counts in wanted.items() if counts != everything]
     key = f"{stage.key} {asked} {num_shared} {score} {sorted((weights or {}).items())}"

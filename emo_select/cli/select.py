@@ -1,0 +1,338 @@
+"""`activations`, `select` and `inspect`: which experts a task uses, and a look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from emo_select.cli import common
+from emo_select.cli.common import CALIBRATE, MACHINE, OUTPUT, RUN
+
+if TYPE_CHECKING:
+    from emo_select.experts import KeepSet, StreamOptions
+    from emo_select.experts.rules import KeepK
+    from emo_select.pipeline import Run
+
+PANEL = "Single stages"
+TaskNames = Annotated[list[str] | None, typer.Option(
+    "--task", "-t", help="Task or group; see `emo-select tasks`. With weights, such as a:2 and b:1, they are mixed.",
+    rich_help_panel=RUN)]
+Score = Annotated[str, typer.Option("--score", rich_help_panel=RUN, help=(
+    "What layerwise ranks by: router_probability, frequency, gate_mass, easy_ep, ean or reap."))]
+NumShared = Annotated[int | None, typer.Option("--num-shared", min=0, show_default="all", rich_help_panel=RUN,
+                                               help="Shared experts kept per layer.")]
+Schedule = Annotated[list[str] | None, typer.Option(
+    "--schedule", rich_help_panel=RUN, help="Experts kept in each layer, such as 32-16-16-8. Needs --out.")]
+Thinking = Annotated[bool | None, typer.Option(
+    "--thinking/--no-thinking", help="Whether the model thinks in the chats of --calibration.", show_default=False,
+    rich_help_panel=CALIBRATE)]
+MaxLength = Annotated[int, typer.Option("--max-length", min=1, help="Tokens per text; longer ones lose their ends.",
+                                        rich_help_panel=CALIBRATE)]
+MemoryBudget = Annotated[str | None, typer.Option(
+    "--memory-budget", show_default="half of the free memory", rich_help_panel=MACHINE,
+    help="Memory for hidden states, such as 8GB; the rest goes to a scratch file.")]
+TokenBudget = Annotated[int | None, typer.Option("--token-budget", min=1, show_default="suits the device",
+                                                 help="Tokens per batch.", rich_help_panel=MACHINE)]
+Scratch = Annotated[Path | None, typer.Option("--scratch", show_default="the system's", rich_help_panel=MACHINE,
+                                              help="Folder of the scratch file.")]
+Out = Annotated[Path | None, typer.Option("--out", show_default="the run tree", rich_help_panel=OUTPUT,
+                                          help="Folder for the result, outside any run tree.")]
+Plot = Annotated[bool, typer.Option("--plot", help="Draw a heat map beside each result (extra `plots`).",
+                                    rich_help_panel=OUTPUT)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    for command in (activations, select, inspect):
+        app.command(rich_help_panel=PANEL)(command)
+
+
+def activations(
+    model: Annotated[str, typer.Option("--model", "-m", help="Hub id, folder or demo/NAME.", rich_help_panel=RUN)],
+    task: TaskNames = None,
+    num_examples: common.NumExamples = None,
+    seed: common.Seed = 0,
+    num_shots: common.NumShots = None,
+    calibration: common.CalibrationFile = None,
+    thinking: Thinking = None,
+    max_length: MaxLength = 4096,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    memory_budget: MemoryBudget = None,
+    token_budget: TokenBudget = None,
+    scratch: Scratch = None,
+    data_dir: common.DataDir = None,
+    output_dir: common.OutputDir = None,
+    out: Out = None,
+    as_json: common.AsJson = False,
+) -> None:
+    """Collect how every expert is used, in one pass through the unpruned model.
+
+    The statistics serve easy_ep, global, frequency, gate_mass, ean and reap at any keep-k. Several tasks go into one
+    pass with --out, else into one folder each.
+    """
+    texts = _calibration(num_examples, seed, num_shots, calibration, thinking, max_length)
+    options = _options(device, dtype, memory_budget, token_budget, scratch)
+    names = common.listed(task or [])
+    if out is not None or calibration is not None:
+        folders = [_collect(model, names, texts, options, data_dir, _need_out(out, "own texts"))]
+    else:
+        machine = {"device": device, "dtype": dtype, "memory_budget": memory_budget, "data_dir": data_dir}
+        runs = _runs([model], names, ["full"], ["easy_ep"], {"calibration": texts}, machine, output_dir)
+        _execute(runs, ["activations"])
+        folders = [run.tree.activations(run.spec) for run in runs]
+    if as_json:
+        common.emit([_activations_data(folder) for folder in folders])
+    else:
+        for folder in folders:
+            typer.echo(folder)
+
+
+def select(
+    model: common.Models,
+    keep_k: Annotated[list[str] | None, typer.Option(
+        "--keep-k", "-k", help="Experts kept per layer, shared ones included: 16, 12.5% or full.",
+        rich_help_panel=RUN)] = None,
+    task: TaskNames = None,
+    method: common.Methods = ["layerwise"],  # noqa: B006 - typer copies it
+    score: Score = "router_probability",
+    num_shared: NumShared = None,
+    schedule: Schedule = None,
+    num_examples: common.NumExamples = None,
+    seed: common.Seed = 0,
+    num_shots: common.NumShots = None,
+    calibration: common.CalibrationFile = None,
+    thinking: Thinking = None,
+    max_length: MaxLength = 4096,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    memory_budget: MemoryBudget = None,
+    token_budget: TokenBudget = None,
+    scratch: Scratch = None,
+    data_dir: common.DataDir = None,
+    output_dir: common.OutputDir = None,
+    out: Out = None,
+    plot: Plot = False,
+    as_json: common.AsJson = False,
+) -> None:
+    """Choose the experts to keep. All keep-k of a model and task share one pass over its weights.
+
+    Results go into the run tree. Mixed tasks, own texts without a task, and schedules have no place there: give --out.
+    """
+    from emo_select.experts.calibration import parse_weights
+
+    names = common.listed(task or [])
+    weights = parse_weights(names) if any(":" in name for name in names) else None
+    texts = _calibration(num_examples, seed, num_shots, calibration, thinking, max_length)
+    keep_ks, schedules = common.listed(keep_k or []), common.listed(schedule or [])
+    if out is not None or weights is not None or schedules or (calibration is not None and not names):
+        wanted = {"tasks": list(weights or names), "weights": weights, "score": score, "num_shared": num_shared,
+                  "calibration": texts}
+        folder = _need_out(out, "mixed tasks, schedules and own texts without a task")
+        results = _standalone(common.listed(model), keep_ks, schedules, common.listed(method), wanted, folder,
+                              _options(device, dtype, memory_budget, token_budget, scratch), data_dir)
+    else:
+        machine = {"device": device, "dtype": dtype, "memory_budget": memory_budget, "data_dir": data_dir}
+        settings = {"calibration": texts, "score": score, "num_shared": num_shared}
+        runs = [run for run in _runs(common.listed(model), names, keep_ks, common.listed(method), settings, machine,
+                                     output_dir) if run.spec.selects]
+        _execute(runs, ["activations", "select"])
+        results = [run.paths.selection for run in runs]
+    _report(results, plot=plot, as_json=as_json)
+
+
+def inspect(
+    paths: Annotated[list[Path], typer.Argument(help="Run directories, selection.json files, or folders above them.")],
+    plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw PNGs (extra `plots`).",
+                                       rich_help_panel=OUTPUT)] = True,
+    out: Annotated[Path | None, typer.Option("--out", show_default="beside each selection", rich_help_panel=OUTPUT,
+                                             help="Folder for the pictures.")] = None,
+    as_json: common.AsJson = False,
+) -> None:
+    """Look at selections: coverage per layer, and what they have in common across tasks, methods and sample sizes."""
+    from emo_select.experts.inspect import as_data, find_selections
+
+    found = find_selections(paths)
+    pictures = _draw(found, out) if plot else []
+    if as_json:
+        common.emit({**as_data(found), "pictures": [str(path) for path in pictures]})
+    else:
+        _show(found)
+        for path in pictures:
+            typer.echo(path)
+
+
+def _calibration(num_examples: int | None, seed: int, num_shots: int | None, file: str | None, thinking: bool | None,
+                 max_length: int) -> dict[str, Any]:
+    return {"num_examples": num_examples, "seed": seed, "num_shots": num_shots, "file": file, "thinking": thinking,
+            "max_length": max_length}
+
+
+def _options(device: str, dtype: str, memory_budget: str | None, token_budget: int | None, scratch: Path | None
+             ) -> StreamOptions:
+    from emo_select.experts import StreamOptions
+
+    return StreamOptions(device, dtype, memory_budget, token_budget, scratch)
+
+
+def _need_out(out: Path | None, what: str) -> Path:
+    from emo_select.errors import SpecError
+
+    if out is None:
+        raise SpecError(f"There is no place in the run tree for {what}; give a folder with --out.")
+    return out
+
+
+def _runs(models: list[str], tasks: list[str], keep_ks: list[str], methods: list[str], settings: dict[str, Any],
+          machine: dict[str, Any], output_dir: str | None) -> list[Run]:
+    from emo_select.pipeline import Wanted, expand
+    from emo_select.spec import Execution, checked
+    from emo_select.tree import Tree
+
+    return expand(Wanted(models, tasks, keep_ks, methods, settings), Tree.at(output_dir), checked(Execution, machine))
+
+
+def _execute(runs: Sequence[Run], stages: Sequence[str]) -> None:
+    from emo_select.cli import plans
+    from emo_select.pipeline import execute_all, plan
+
+    if not runs:
+        return
+    planned = [(run, plan(run, stages)) for run in runs]
+    plans.show(planned, as_json=False)
+    runs[0].tree.require_writable()
+    failed = execute_all(planned)
+    plans.show_failures(failed)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _collect(model: str, tasks: list[str], texts: dict[str, Any], options: StreamOptions, data_dir: str | None,
+             out: Path) -> Path:
+    from emo_select.checkpoint import open_checkpoint
+    from emo_select.experts import collect_activations
+    from emo_select.experts.select import texts_of
+    from emo_select.spec import Calibration, checked
+
+    with open_checkpoint(model) as checkpoint:
+        ids, groups = texts_of(model, tasks, checked(Calibration, texts), data_dir)
+        collect_activations(checkpoint, ids, groups, out, options, {"model": model})
+    return out
+
+
+def _standalone(models: list[str], keep_ks: list[str], schedules: list[str], methods: list[str],
+                wanted: dict[str, Any], out: Path, options: StreamOptions, data_dir: str | None) -> list[Path]:
+    from emo_select.experts.select import Selection, select_experts
+    from emo_select.spec import Calibration, checked
+
+    wanted = {**wanted, "calibration": checked(Calibration, wanted["calibration"])}
+    results = []
+    for model in models:
+        asked = _keep_ks(model, keep_ks, schedules)
+        for method in methods:
+            found = select_experts(model, Selection(asked, method, **wanted), out_dir=out, options=options,
+                                   data_dir=data_dir)
+            several = len(models) * len(methods) * len(asked) > 1
+            results += [_store(keep_set, out / _folder(model, method, asked) if several else out)
+                        for asked, keep_set in found.items()]
+    return results
+
+
+def _store(keep_set: KeepSet, folder: Path) -> Path:
+    keep_set.save(folder / "selection.json")
+    return folder / "selection.json"
+
+
+def _folder(model: str, method: str, keep_k: KeepK) -> str:
+    from emo_select.spec import model_directory
+
+    name = str(keep_k) if isinstance(keep_k, int) else "-".join(map(str, keep_k))
+    return f"{model_directory(model)}_{method}_keepk_{name}"
+
+
+def _keep_ks(model: str, keep_ks: list[str], schedules: list[str]) -> list[KeepK]:
+    from emo_select.checkpoint import open_checkpoint
+    from emo_select.errors import KeepKError
+    from emo_select.models.families import experts_per_layer
+    from emo_select.spec import parse_keep_k
+
+    with open_checkpoint(model) as checkpoint:
+        most = max(experts_per_layer(checkpoint.config))
+    try:
+        listed = [tuple(int(entry) for entry in schedule.split("-")) for schedule in schedules]
+    except ValueError:
+        raise KeepKError(f"A schedule is one number per layer, such as 32-16-16-8, not {schedules}.") from None
+    return [*(parse_keep_k(text, most) for text in keep_ks), *listed]
+
+
+def _report(results: Sequence[Path], *, plot: bool, as_json: bool) -> None:
+    from emo_select.experts.inspect import as_data, find_selections
+
+    if not results:
+        return
+    found = find_selections(results)
+    pictures = _draw(found, None, results) if plot else []
+    if as_json:
+        common.emit({**as_data(found), "files": [str(path) for path in (*results, *pictures)]})
+        return
+    _show(found)
+    for path in (*results, *pictures):
+        typer.echo(path)
+
+
+def _draw(found: dict[str, KeepSet], out: Path | None, files: Sequence[Path] = ()) -> list[Path]:
+    """A heat map per selection with scores, and one matrix of overlaps if there are several."""
+    from emo_select.experts.plots import plot_overlaps, plot_scores
+
+    folder = out or Path()
+    places = [file.parent / "selection.png" for file in files] or [folder / f"{_file_name(name)}.png" for name in found]
+    drawn = []
+    for (name, keep_set), place in zip(found.items(), places, strict=True):
+        if keep_set.scores is not None:
+            plot_scores(keep_set, place, name)
+            drawn.append(place)
+    if len(found) > 1:
+        plot_overlaps(found, folder / "overlaps.png")
+        drawn.append(folder / "overlaps.png")
+    return drawn
+
+
+def _file_name(label: str) -> str:
+    return label.replace("/", "--")
+
+
+def _show(found: dict[str, KeepSet]) -> None:
+    """Tables on stdout: coverage, and overlap of every pair."""
+    from emo_select.experts.inspect import layer_views, mean_coverage, overlaps
+
+    for name, keep_set in found.items():
+        mean = mean_coverage(keep_set)
+        typer.echo(f"{name}: {keep_set.method}, keep-k {keep_set.keep_k}, "
+                   + ("no scores" if mean is None else f"coverage {mean:.3f} of {keep_set.score}"))
+        rows = [[str(view.layer), str(view.kept), _number(view.coverage)] for view in layer_views(keep_set)]
+        _table(["layer", "kept", "coverage"], rows)
+    pairs = overlaps(found)
+    if pairs:
+        typer.echo("Jaccard index of routed experts, mean over layers:")
+        _table(["first", "second", "mean", "smallest"],
+               [[pair.first, pair.second, _number(pair.mean), _number(min(x for x in pair.layers if x is not None))]
+                for pair in pairs])
+
+
+def _table(header: list[str], rows: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        typer.echo("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _activations_data(folder: Path) -> dict[str, Any]:
+    from emo_select.tree import read_json
+
+    return {"directory": str(folder), **read_json(folder / "scores.json")}
