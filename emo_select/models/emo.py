@@ -141,14 +141,17 @@ class EmoExperts(nn.Module):
 
         This is the `eager` implementation; transformers replaces it by `grouped_mm` or `batched_mm` on request.
         """
-        output = torch.zeros_like(hidden)
+        chosen = index.reshape(-1)
+        order = torch.argsort(chosen, stable=True)  # choices by expert
+        counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
+        tokens, scales = (order // index.shape[1]).split(counts), weights.reshape(-1, 1)[order].split(counts)
         # unbind gives one stacked gradient; indexing would add a zero-filled full-size one per expert
-        gate_up, down = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
-        for expert in torch.unique(index).tolist():
-            token, slot = torch.where(index == expert)
-            gate, up = F.linear(hidden[token], gate_up[expert]).chunk(2, dim=-1)
-            outer = F.linear(self.act_fn(gate) * up, down[expert]) * weights[token, slot, None]
-            output.index_add_(0, token, outer.to(output.dtype))
+        parameters = zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
+        output = torch.zeros_like(hidden)
+        for token, scale, (gate_up, down) in zip(tokens, scales, parameters, strict=True):
+            if len(token):
+                gate, up = F.linear(hidden[token], gate_up).chunk(2, dim=-1)
+                output.index_add_(0, token, (F.linear(self.act_fn(gate) * up, down) * scale).to(output.dtype))
         return output
 
 

@@ -36,7 +36,8 @@ def load_model(
         source: a folder, a Hub id, or demo/NAME.
         dtype: of the weights in memory; "auto" keeps the stored one.
         attn_implementation: "eager", "sdpa", "flash_attention_2", …; by default the best available.
-        experts_implementation: "eager", "grouped_mm" or "batched_mm"; by default grouped_mm where it runs.
+        experts_implementation: "eager", "grouped_mm" or "batched_mm"; by default grouped_mm where it runs, and on the
+            CPU our own eager one, which is the faster there.
 
     Raises:
         ModelError: nothing of that name, or an architecture or configuration that cannot be built.
@@ -47,6 +48,8 @@ def load_model(
         config = load_config(checkpoint, trust_remote_code=trust_remote_code)
         if isinstance(config, EmoConfig | Olmo2NoQKNormPrenormConfig):
             check_tensors(checkpoint, config)
+    if experts_implementation is None and isinstance(config, EmoConfig) and str(device) == "cpu":
+        experts_implementation = "eager"
     implementations = {"attn_implementation": attn_implementation, "experts_implementation": experts_implementation}
     options = {name: value for name, value in implementations.items() if value is not None}
     return _load_weights(checkpoint, config, dtype, device, trust_remote_code, options)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from emo_select.errors import CheckpointError, ModelError
-from emo_select.models import EmoForCausalLM, load_model, load_tokenizer
+from emo_select.models import EmoConfig, EmoForCausalLM, load_model, load_tokenizer
 
 NAMES = sorted(path.name for path in (Path(__file__).parents[1] / "golden" / "models").iterdir())
 
@@ -110,7 +110,7 @@ def test_code_named_in_auto_map_is_not_run(copy, capsys):
     assert len(notice) == 1
 
 
-def test_dtype_and_device_map(golden):
+def test_dtype_auto_keeps_the_stored_one(golden):
     stored = load_model(str(golden / "models" / "emo_bf16"), dtype="auto")
     assert {parameter.dtype for parameter in stored.parameters()} == {torch.bfloat16}
     assert not stored.training
@@ -206,17 +206,22 @@ def test_unknown_implementation_is_a_model_error(copy):
 
 
 def test_grouped_products_need_aligned_widths(golden):
-    unaligned = str(golden / "models" / "emo_noshared_norm")
-    assert load_model(unaligned).config._experts_implementation == "eager"
+    directory = str(golden / "models" / "emo_noshared_norm")  # its experts are 10 wide
     with pytest.raises(ModelError, match="multiples of 8"):
-        load_model(unaligned, experts_implementation="grouped_mm")
-    aligned = str(golden / "models" / "emo_shared1")
-    assert load_model(aligned).config._experts_implementation == "grouped_mm"
+        load_model(directory, experts_implementation="grouped_mm")
+    assert EmoForCausalLM.from_pretrained(directory).config._experts_implementation == "eager"
 
 
 def test_folder_without_tokenizer(copy):
     with pytest.raises(ModelError, match="copy the tokenizer files"):
         load_tokenizer(str(copy()))
+
+
+def test_released_size_has_the_published_number_of_parameters():
+    released = EmoConfig(vocab_size=100352, hidden_size=2048, intermediate_size=1024, num_hidden_layers=16,
+                         num_attention_heads=16, num_experts=128, num_experts_per_tok=8, num_shared_experts=1)
+    with torch.device("meta"):
+        assert EmoForCausalLM(released).num_parameters() == 13_568_641_024
 
 
 def test_saved_file_declares_its_format(golden, tmp_path):

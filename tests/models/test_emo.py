@@ -283,6 +283,13 @@ def test_generation_equals_repeated_argmax(tiny, cache):
     assert torch.equal(made, ids)
 
 
+def test_compiles_as_one_graph(tiny):
+    """With grouped products there is no data-dependent control flow (generation with a static cache relies on it)."""
+    model = tiny()
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(model, fullgraph=True, backend="eager")(IDS).logits, model(IDS).logits)
+
+
 def test_hidden_states_and_attentions_are_recorded(tiny):
     model = tiny()
     model.set_attn_implementation("eager")
