@@ -119,17 +119,17 @@ def expert_adapters(model: PeftModel, module: str) -> list[str]:
     return [name for name, _ in model.named_parameters() if f".{module}." in name and ".lora_B." in name]
 
 
-def merge_adapter(source: Path, adapter: Path, *, dtype: str) -> PreTrainedModel:
+def merge_adapter(source: Path, adapter: Path) -> PreTrainedModel:
     """The starting model with the adapter added to its weights, on the CPU."""
     from peft import PeftModel
 
     from emo_select.models import load_model
 
-    adapted = PeftModel.from_pretrained(load_model(str(source), dtype=dtype), str(adapter))
+    adapted = PeftModel.from_pretrained(load_model(str(source), dtype="auto"), str(adapter))
     return adapted.merge_and_unload()
 
 
-def save_adapter(model: PeftModel, tensors: dict[str, Any] | None, folder: Path, source: Path) -> None:
+def save_adapter(model: PeftModel, tensors: dict[str, Any], folder: Path, source: Path) -> None:
     """Write the adapter in peft's layout, pointing at `source` as its base model."""
     shutil.rmtree(folder, ignore_errors=True)
     model.peft_config["default"].base_model_name_or_path = str(source)

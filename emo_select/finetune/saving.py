@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from emo_select.checkpoint import open_checkpoint
+from emo_select.checkpoint import ShardedWriter, TensorSpec, open_checkpoint
 from emo_select.checkpoint.header import DTYPES
 from emo_select.finetune.lora import merge_adapter, save_adapter
 from emo_select.finetune.recipe import checkpoint_steps
@@ -22,7 +22,6 @@ from emo_select.progress import Bar
 from emo_select.tree import partial_directory, publish
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -101,21 +100,31 @@ def _agree(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(flag) for flag in agreed)
 
 
-def write_checkpoint(model: PreTrainedModel, tensors: Mapping[str, Tensor] | None, source: Path, final: Path) -> None:
-    """Publish the model's weights in the layout and dtype of `source`, with its config and tokenizer unchanged."""
+def write_checkpoint(model: PreTrainedModel, tensors: Mapping[str, Tensor], source: Path, final: Path) -> None:
+    """Publish `tensors` (named as in memory) in the layout and dtypes of `source`, with its other files unchanged."""
     partial = partial_directory(final)
     shutil.rmtree(partial, ignore_errors=True)
-    with open_checkpoint(source) as start:
-        dtype = _stored_dtype(start.tensors.values())
-    values = {name: tensor.to(dtype) for name, tensor in (tensors or model.state_dict()).items()}
-    model.save_pretrained(partial, state_dict=values)
+    partial.mkdir(parents=True)
+    _write_tensors(model, tensors, source, partial)
     copy_companions(source, partial)
     publish(partial, final)
 
 
-def write_adapter(
-    model: PeftModel, tensors: dict[str, Tensor] | None, source: Path, final: Path, *, merge: bool
-) -> None:
+def _write_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], source: Path, folder: Path) -> None:
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    split = revert_weight_conversion(model, dict(tensors))
+    with open_checkpoint(source) as start:
+        planned: dict[str, list[TensorSpec]] = {}
+        for name, info in start.tensors.items():
+            planned.setdefault(info.shard, []).append(TensorSpec(name, info.dtype, info.shape))
+        with ShardedWriter(folder, planned) as out:
+            for name in out.missing():
+                out.write(name, split[name].to(getattr(torch, DTYPES[start.tensors[name].dtype][1])))
+
+
+def write_adapter(model: PeftModel, tensors: dict[str, Tensor], source: Path, final: Path, *, merge: bool) -> None:
     """Publish an adapter; with `merge` the checkpoint is the merged model and the adapter lies in `adapter/`."""
     partial = partial_directory(final)
     shutil.rmtree(partial, ignore_errors=True)
@@ -123,24 +132,14 @@ def write_adapter(
     adapter.mkdir(parents=True)
     save_adapter(model, tensors, adapter, source)
     if merge:
-        merge_adapter(source, adapter, dtype="auto").save_pretrained(partial)
+        merged = merge_adapter(source, adapter)
+        _write_tensors(merged, merged.state_dict(), source, partial)
         copy_companions(source, partial)
     publish(partial, final)
 
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what lies beside the weights: config, tokenizer, generation defaults, which experts were kept."""
-    (target / "generation_config.json").unlink(missing_ok=True)  # only if the source has one
     for path in source.iterdir():
         if path.is_file() and not any(path.match(pattern) for pattern in WEIGHT_FILES):
             shutil.copy2(path.resolve(), target / path.name)
-
-
-def _stored_dtype(infos: Any) -> torch.dtype:
-    """Dtype of most bytes on disk."""
-    import torch
-
-    size: dict[str, int] = {}
-    for info in infos:
-        size[info.dtype] = size.get(info.dtype, 0) + info.bytes
-    return getattr(torch, DTYPES[max(size, key=lambda name: size[name])][1])  # type: ignore[no-any-return]

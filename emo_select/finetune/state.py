@@ -35,6 +35,14 @@ def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path,
     write_json(folder / GROUPS, found["param_groups"])
 
 
+def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer, gathered on the main process; every process calls this."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    tensors: dict[str, Any] = dcp.get_model_state_dict(model, options=_options())
+    return tensors
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Put the trained parameters of a saved state into the model, wrapped for FSDP or not."""
     from torch.distributed.checkpoint import state_dict as dcp

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -73,6 +74,14 @@ class RecipeTrainer(Trainer):
         self._holder: Holder | None = None
         self._sums: dict[str, Tensor] = {}
         self._since = time.monotonic()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the trainer, but several CPU processes shard too: accelerate offers FSDP2 on GPUs only, yet it runs."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is not None and not self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.accelerator.state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled: bool = True
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Labels of the whole step, unshifted, packed or not: the published divisor."""

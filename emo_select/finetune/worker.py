@@ -1,6 +1,6 @@
 """Carry out a stored job: in this process, or as one of several that `torchrun` starts.
 
-`python -m emo_select.finetune.worker FOLDER` is what each of several processes runs.
+`python -m emo_select.finetune FOLDER` is what each of several processes runs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from emo_select.checkpoint import open_checkpoint, read_config
 from emo_select.errors import EmoSelectError
 from emo_select.finetune.job import Job
 from emo_select.models.families import family_of, is_moe
+from emo_select.progress import Bar, configure, track
 from emo_select.tree import numbered_checkpoints, partial_directory, publish, read_json, write_json
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from emo_select.finetune.freezing import FrozenPart
     from emo_select.finetune.saving import Keeper
     from emo_select.finetune.trainer import RecipeTrainer
-    from emo_select.progress import Bar
 
 
 HISTORY, ERROR = "history.json", "error.json"  # in the working folder
@@ -38,7 +38,7 @@ ROUTING_LOG = "routing.json"
 def launch(job: Job, processes: int) -> None:
     """Run the job in `processes` processes of this machine; raises what the first failing one reported."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-               "-m", "emo_select.finetune.worker", str(job.folder)]  # fmt: skip
+               "-m", "emo_select.finetune", str(job.folder)]  # fmt: skip
     error = job.folder / ERROR
     error.unlink(missing_ok=True)
     child = subprocess.Popen(command)
@@ -56,8 +56,6 @@ def launch(job: Job, processes: int) -> None:
 def train(job: Job) -> None:
     """Train as the job says, from its state if there is one; checkpoints, plot and report are in place afterwards."""
     from transformers import set_seed
-
-    from emo_select.progress import track
 
     set_seed(job.training.seed)
     with track("Finetuning") as bar:
@@ -125,8 +123,9 @@ def _prepared_model(job: Job, config: dict[str, Any]) -> tuple[Any, list[FrozenP
 def _write_weights(job: Job, trainer: RecipeTrainer, step: int) -> None:
     """Publish `checkpoint-<step>`; every process takes part, the main one writes."""
     from emo_select.finetune import saving
+    from emo_select.finetune.state import whole_tensors
 
-    tensors = trainer.accelerator.get_state_dict(trainer.model) if job.world > 1 else None
+    tensors = whole_tensors(trainer.model)
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         final = job.out / f"checkpoint-{step}"
@@ -193,16 +192,14 @@ def _stop_on_signal(keeper: Keeper) -> Iterator[None]:
             os.kill(os.getpid(), received[0])
 
 
-def main() -> None:
-    """Entry point of each of several processes."""
-    job = Job.read(Path(sys.argv[1]))
+def main(folder: str) -> None:
+    """Entry point of each of several processes; only the first one talks."""
+    first = os.environ.get("RANK", "0") == "0"
+    configure(quiet=not first)
+    job = Job.read(Path(folder))
     try:
         train(job)
     except EmoSelectError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             write_json(job.folder / ERROR, {"message": str(error)})
         raise SystemExit(error.exit_code) from error
-
-
-if __name__ == "__main__":
-    main()
