@@ -55,6 +55,21 @@ class Checkpoint(StrEnum):
     both = "both"
 
 
+class Stage(StrEnum):
+    """Which checkpoint plots show."""
+
+    before = "before"
+    after = "after"
+
+
+class PlotFormat(StrEnum):
+    """File formats of figures."""
+
+    pdf = "pdf"
+    svg = "svg"
+    png = "png"
+
+
 ModelFilter = Annotated[list[str] | None, typer.Option("--model", "-m", help="Only this model (repeatable).",
                                                        rich_help_panel=FILTER)]
 TaskFilter = Annotated[list[str] | None, typer.Option("--task", "-t", help="Only this task.", rich_help_panel=FILTER)]
@@ -102,6 +117,35 @@ def table(
         checkpoints=[name for name in tables.CHECKPOINTS if checkpoint in (name, Checkpoint.both)],
     )
     _show(made, problems, style.value, to, as_json)
+
+
+def plot(
+    kinds: Annotated[list[str] | None, typer.Argument(help="keep-k, methods, calibration, drops, pareto; else all that "
+                                                           "have data.", show_default=False)] = None,
+    output_dir: OutputDir = None,
+    models: ModelFilter = None,
+    tasks: TaskFilter = None,
+    groups: GroupFilter = None,
+    methods: MethodFilter = None,
+    keep_ks: KeepKFilter = None,
+    stage: Annotated[Stage | None, typer.Option("--stage", help="before or after finetuning; else after where "
+                                                                "anything was finetuned.")] = None,
+    formats: Annotated[list[PlotFormat] | None, typer.Option("--format", help="Repeatable; else pdf and png.",
+                                                             rich_help_panel=OUTPUT)] = None,
+    to: Annotated[Path, typer.Option("--to", help="Folder to write into.", rich_help_panel=OUTPUT)] = Path("plots"),
+    labels: Labels = None,
+    cached: Cached = True,
+) -> None:
+    """Draw accuracy against keep-k, methods, calibration size, drops per task, size against accuracy."""
+    from emo_select.tables.plots import plot as draw
+
+    records, layout, filters = _read(output_dir, labels, cached, models, tasks, groups, methods, keep_ks)
+    files, problems = draw(filters.apply(records, layout), layout, to, kinds=kinds or (),
+                           stage=stage.value if stage else None,
+                           formats=[one.value for one in formats] if formats else ("pdf", "png"))
+    _complain([*records.problems, *problems])
+    for file in files:
+        typer.echo(file)
 
 
 def report(
@@ -200,5 +244,5 @@ def _complain(problems: Sequence[Problem]) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
-    for command in (table, report, compare):
+    for command in (table, plot, report, compare):
         app.command()(command)

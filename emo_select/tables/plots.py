@@ -1,0 +1,451 @@
+"""Figures about a tree, at the width of a paper's column pair: vector and PNG, readable without colour.
+
+Colours are Okabe and Ito's (2008), which people with any common colour blindness can tell apart; each method has its
+own marker and dash besides. Bands and bars are 95 % intervals from the standard errors of the summary.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
+
+from emo_select.errors import UnknownNameError, UsageError
+from emo_select.tables.layout import Layout
+from emo_select.tables.pool import Estimate, pool
+from emo_select.tables.read import Problem, Records, Setting
+from emo_select.tables.summary import SummaryRow, experts_of, is_full, summarise
+from emo_select.tree import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Stage = Literal["before", "after"]
+
+WIDTH = 6.75  # inches: the text width of a two-column paper
+PANEL = 2.0  # inches: height of one row of panels
+COLUMNS = 3
+TITLE_LENGTH = 34
+FULL = "full model"
+Z95 = 1.96
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
+STYLE = {
+    "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.linewidth": 0.4, "grid.color": "#dddddd", "lines.linewidth": 1.2, "lines.markersize": 4,
+    "legend.frameon": False, "pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "emo-select",
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+}
+
+
+@dataclass
+class View:
+    """What all figures draw from: summary rows with a value at one stage, and how to name and mark them."""
+
+    records: Records
+    layout: Layout
+    stage: Stage
+    rows: list[SummaryRow]
+    models: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.models = self.layout.ordered({row.setting.model for row in self.rows}, self.layout.models)
+
+    def value(self, row: SummaryRow) -> Estimate | None:
+        """The row's average at the stage of this view."""
+        return row.before if self.stage == "before" else row.after
+
+    def colour(self, model: str) -> str:
+        """One colour per model."""
+        return COLOURS[self.models.index(model) % len(COLOURS)]
+
+    def number(self, method: str) -> int:
+        """One marker and dash per method."""
+        known = list(self.layout.methods)
+        return known.index(method) if method in known else len(known)
+
+    def usual(self) -> list[SummaryRow]:
+        """Rows of the default setting, or all where there is none."""
+        return [row for row in self.rows if not row.setting.note()] or self.rows
+
+    def groups(self, rows: Iterable[SummaryRow]) -> list[str]:
+        """Groups of some rows, in order."""
+        return self.layout.ordered({row.group for row in rows}, self.layout.groups)
+
+
+def plot(records: Records, layout: Layout, folder: Path, *, kinds: Sequence[str] = (), stage: Stage | None = None,
+         formats: Sequence[str] = ("pdf", "png")) -> tuple[list[Path], list[Problem]]:
+    """Draw the wanted kinds of figure (default: all that have data) into `folder`; returns the files.
+
+    `stage` None takes after finetuning where anything was finetuned. Raises `UsageError` without matplotlib, or where
+    a kind that was asked for has nothing to show.
+    """
+    unknown = next((kind for kind in kinds if kind not in FIGURES), None)
+    if unknown is not None:
+        raise UnknownNameError("plot", unknown, FIGURES)
+    matplotlib = _matplotlib()
+    view, problems = _view(records, layout, stage)
+    files: list[Path] = []
+    with matplotlib.rc_context(STYLE):
+        for kind in kinds or FIGURES:
+            figure = FIGURES[kind](view)
+            if figure is not None:
+                files += [_save(figure, folder / f"{kind}-{view.stage}.{suffix}", suffix) for suffix in formats]
+            elif kinds:
+                raise UsageError(f"There is nothing to show in a {kind} plot {view.stage} finetuning.")
+    return files, problems
+
+
+def _view(records: Records, layout: Layout, stage: Stage | None) -> tuple[View, list[Problem]]:
+    layout = layout.naming(records.models)
+    rows, problems = summarise(records, layout)
+    chosen: Stage = stage or ("after" if any(row.after for row in rows) else "before")
+    view = View(records, layout, chosen, [])
+    return View(records, layout, chosen, [row for row in rows if view.value(row)]), problems
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError("Plots need matplotlib; install it with: pip install 'emo-select[plots]'.") from None
+    return matplotlib
+
+
+def _save(figure: Figure, path: Path, suffix: str) -> Path:
+    data = io.BytesIO()
+    dated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)  # the same figure is the same file
+    figure.savefig(data, format=suffix, dpi=300, metadata=dated)
+    write_bytes(path, data.getvalue())
+    return path
+
+
+# ---- accuracy against keep-k ----
+
+
+def keep_k_figure(view: View) -> Figure | None:
+    """A panel per group: the first method of the labels and random selection, the full model, sizes above (Fig. 3)."""
+    rows = [row for row in view.usual() if row.setting.method in _first_methods(view)]
+    seen = {row.setting.model for row in rows if row.full}
+    rows += [row for row in view.usual() if row.full and row.setting.model not in seen and row not in rows]
+    if len({row.setting.keep_k for row in rows}) < 2:
+        return None
+    return _panels(view, view.groups(rows), rows, lambda row, group: row.group == group, view.layout.group)
+
+
+def methods_figure(view: View) -> Figure | None:
+    """A panel per model and group: all methods (Fig. 4)."""
+    rows = view.usual()
+    if len({row.setting.method for row in rows}) < 2 or len({row.setting.keep_k for row in rows}) < 2:
+        return None
+    pairs = [(m, g) for m in view.models for g in view.groups(rows)
+             if len({row.setting.method for row in rows if (row.setting.model, row.group) == (m, g)}) > 1]
+    return _panels(view, pairs, rows, lambda row, pair: (row.setting.model, row.group) == pair,
+                   lambda pair: f"{view.layout.group(pair[1])}: {view.layout.model(pair[0])}")
+
+
+def _first_methods(view: View) -> set[str]:
+    """The first method of the labels that was run, and random selection."""
+    found = view.layout.ordered({row.setting.method for row in view.rows} - {"random"}, view.layout.methods)
+    return {*found[:1], "random"}
+
+
+def _panels(view: View, keys: Sequence[Any], rows: Sequence[SummaryRow], belongs: Callable[[SummaryRow, Any], bool],
+            title: Callable[[Any], str]) -> Figure | None:
+    if not keys:
+        return None
+    figure, axes = _grid(len(keys))
+    handles: dict[str, Any] = {}
+    for axis, key in zip(axes, keys, strict=False):
+        members = [row for row in rows if belongs(row, key)]
+        handles |= _curves(axis, view, members)
+        axis.set_title(textwrap.fill(_text(title(key)), TITLE_LENGTH))
+        _sizes_above(axis, members)
+    _legend(figure, handles)
+    return figure
+
+
+def _curves(axis: Axes, view: View, rows: Sequence[SummaryRow]) -> dict[str, Any]:
+    """One line per model and method over keep-k, a dashed level for each full model; returns legend handles."""
+    handles: dict[str, Any] = {}
+    for series, members in _series(rows).items():
+        line = sorted((row for row in members if row.setting.keep_k), key=lambda row: row.setting.keep_k or 0)
+        if line:
+            handles[_name(view, *series)] = _line(axis, view, line)
+    for model in view.models:
+        full = next((row for row in rows if row.full and row.setting.model == model), None)
+        value = view.value(full) if full else None
+        if value:
+            handles[FULL] = axis.axhline(100 * value.value, color=view.colour(model), linewidth=0.8,
+                                                 linestyle=(0, (6, 3)))
+    _keep_k_axis(axis, rows)
+    axis.set_ylabel(_text(f"{rows[0].metric} (%)") if rows else "")
+    return handles
+
+
+def _line(axis: Axes, view: View, rows: Sequence[SummaryRow]) -> Any:
+    setting, points = rows[0].setting, [(row.setting.keep_k or 0, view.value(row)) for row in rows]
+    known = [(x, value.value, Z95 * (value.error or 0)) for x, value in points if value]
+    xs, ys = [x for x, _, _ in known], [100 * y for _, y, _ in known]
+    number, colour = view.number(setting.method), view.colour(setting.model)
+    low, high = ([100 * min(1, max(0, y + sign * e)) for _, y, e in known] for sign in (-1, 1))
+    axis.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+    return axis.plot(xs, ys, color=colour, **_mark(number))[0]
+
+
+def _mark(number: int) -> dict[str, Any]:
+    return {"marker": MARKERS[number % len(MARKERS)], "linestyle": DASHES[number % len(DASHES)],
+            "markeredgecolor": "white", "markeredgewidth": 0.5}
+
+
+def _series(rows: Iterable[SummaryRow]) -> dict[tuple[str, str, str], list[SummaryRow]]:
+    found: dict[tuple[str, str, str], list[SummaryRow]] = {}
+    for row in rows:
+        found.setdefault((row.setting.model, row.setting.method, row.setting.note()), []).append(row)
+    return found
+
+
+def _name(view: View, model: str, method: str, note: str) -> str:
+    return _text(", ".join(filter(None, [view.layout.model(model), view.layout.method(method).label, note])))
+
+
+def _keep_k_axis(axis: Axes, rows: Iterable[SummaryRow]) -> None:
+    keep_ks = _apart({row.setting.keep_k for row in rows if row.setting.keep_k})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(keep_ks, [str(keep_k) for keep_k in keep_ks])
+    axis.minorticks_off()
+    axis.set_xlabel("experts kept per layer")
+
+
+def _apart(keep_ks: Iterable[int]) -> list[int]:
+    """Ascending values, without those too close to the one before for a label on a logarithmic axis."""
+    kept: list[int] = []
+    for keep_k in sorted(keep_ks):
+        if not kept or keep_k >= 1.3 * kept[-1]:
+            kept.append(keep_k)
+    return kept
+
+
+def _sizes_above(axis: Axes, rows: Sequence[SummaryRow]) -> None:
+    """Weights on disk at each keep-k, on a second axis; left out where models of different sizes share the panel."""
+    sizes: dict[int, set[int]] = {}
+    for row in rows:
+        if row.setting.keep_k and row.disk_bytes:
+            sizes.setdefault(row.setting.keep_k, set()).add(row.disk_bytes)
+    if not sizes or any(max(found) > 1.02 * min(found) for found in sizes.values()):
+        return
+    above = axis.secondary_xaxis("top")
+    ticks = _apart(sizes)
+    above.set_xticks(ticks, [f"{max(sizes[keep_k]) / 1e9:.2g}" for keep_k in ticks])
+    above.minorticks_off()
+    above.tick_params(length=2, labelsize=6)
+    above.set_xlabel("weights (GB)", fontsize=6)
+
+
+# ---- calibration size ----
+
+
+def calibration_figure(view: View) -> Figure | None:
+    """A panel per group: accuracy against the number of calibration examples, a line per model, method and keep-k
+    (Fig. 12); random selection, which sees no examples, is a level."""
+    rows = [row for row in view.rows if _only_examples_differ(row.setting)]
+    varied = {(row.setting.model, row.setting.method, row.setting.keep_k, row.group)
+              for row in rows if row.setting.examples is not None}
+    rows = [row for row in rows if (row.setting.model, row.setting.method, row.setting.keep_k, row.group) in varied]
+    sizes = sorted({row.setting.examples for row in rows if row.setting.examples is not None})
+    if not sizes:
+        return None
+    figure, axes = _grid(len(view.groups(rows)))
+    handles: dict[str, Any] = {}
+    for axis, group in zip(axes, view.groups(rows), strict=False):
+        members = [row for row in rows if row.group == group]
+        handles |= _calibration_curves(axis, view, members, sizes)
+        axis.set_title(_text(view.layout.group(group)))
+        axis.set_ylabel(_text(f"{members[0].metric} (%)"))
+    _legend(figure, handles)
+    return figure
+
+
+def _calibration_curves(axis: Axes, view: View, rows: Sequence[SummaryRow], sizes: Sequence[int]) -> dict[str, Any]:
+    places = {n: i for i, n in enumerate([*sizes, None])}
+    keep_ks = sorted({row.setting.keep_k or 0 for row in rows})
+    lines: dict[tuple[str, str, int], list[SummaryRow]] = {}
+    for row in rows:
+        lines.setdefault((row.setting.model, row.setting.method, row.setting.keep_k or 0), []).append(row)
+    handles = {}
+    for (model, method, keep_k), members in lines.items():
+        known = sorted((places[row.setting.examples], view.value(row)) for row in members)
+        drawn = axis.errorbar(
+            [x for x, _ in known], [100 * value.value for _, value in known if value],
+            [100 * Z95 * (value.error or 0) for _, value in known if value], capsize=2,
+            color=view.colour(model), marker=MARKERS[keep_ks.index(keep_k) % len(MARKERS)],
+            linestyle=DASHES[view.number(method) % len(DASHES)], markeredgecolor="white", markeredgewidth=0.5,
+        )
+        handles[_text(f"{_name(view, model, method, '')}, keep-k {keep_k}")] = drawn
+    axis.set_xticks(list(places.values()), [str(n) if n is not None else "all" for n in places])
+    axis.set_xlabel("calibration examples")
+    return handles
+
+
+def _only_examples_differ(setting: Setting) -> bool:
+    plain = Setting(model=setting.model, keep_k=setting.keep_k, method=setting.method, examples=setting.examples)
+    return setting == plain and setting.method != "random"
+
+
+# ---- drop per task ----
+
+
+def drops_figure(view: View) -> Figure | None:
+    """Heat map: points lost against the full model, rows tasks, columns keep-k, one panel per model; first method."""
+    experts, panels = experts_of(view.records, view.layout), {}
+    for model in view.models:
+        found = _drops(view, model, experts)
+        if found:
+            panels[model] = found
+    if not panels:
+        return None
+    tasks = _tasks_in_order(view, {task for found in panels.values() for task, _ in found})
+    figure = _figure(1.2 + 0.14 * len(tasks), width=max(WIDTH, 1.5 + 1.5 * len(panels)))
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (model, found) in zip(axes, panels.items(), strict=True):
+        image = _heat(axis, view, found, tasks)
+        axis.set_title(_text(view.layout.model(model)))
+    figure.colorbar(image, ax=list(axes), label=f"points lost {view.stage} finetuning", shrink=0.6)
+    return figure
+
+
+def _drops(view: View, model: str, experts: dict[str, int]) -> dict[tuple[str, int], float]:
+    """(task, keep-k) -> points lost, for the first method of the model's default setting."""
+    found: dict[tuple[str, int], float] = {}
+    method = next(iter(_first_methods(view) - {"random"}), None)
+    for group, tasks in view.layout.grouped({run.task for run in view.records.runs}).items():
+        runs = [run for run in view.records.runs if run.task in tasks and run.setting.model == model
+                and not run.setting.note()]
+        values = pool(runs, view.stage, view.layout.metric_of(group)) or pool(runs, view.stage, "primary_score")
+        full = {task: value.value for (setting, task), value in values.items() if is_full(setting, experts)}
+        found |= {(task, setting.keep_k): 100 * (full[task] - value.value) for (setting, task), value in values.items()
+                  if task in full and setting.method == method and setting.keep_k and not is_full(setting, experts)}
+    return found
+
+
+def _tasks_in_order(view: View, tasks: Iterable[str]) -> list[str]:
+    return [task for members in view.layout.grouped(tasks).values() for task in members]
+
+
+def _heat(axis: Axes, view: View, found: dict[tuple[str, int], float], tasks: Sequence[str]) -> Any:
+    keep_ks = sorted({keep_k for _, keep_k in found})
+    values = [[found.get((task, keep_k), float("nan")) for keep_k in keep_ks] for task in tasks]
+    image = axis.imshow(values, cmap="PuOr_r", vmin=-40, vmax=40, aspect="auto")
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if value == value:
+                axis.text(x, y, str(round(value)), ha="center", va="center", fontsize=6,
+                          color="white" if abs(value) > 28 else "black")
+    axis.set_xticks(range(len(keep_ks)), [str(keep_k) for keep_k in keep_ks])
+    axis.set_yticks(range(len(tasks)), [_text(view.layout.tasks.get(task, task)) for task in tasks], fontsize=6)
+    axis.set_xlabel("experts kept per layer")
+    axis.grid(False)
+    return image
+
+
+# ---- size against accuracy ----
+
+
+def pareto_figure(view: View) -> Figure | None:
+    """Weights on disk against the mean over groups for every setting of every model; the front joined by a line."""
+    points = _points(view)
+    if len(points) < 2:
+        return None
+    figure = _figure(2.8, width=4.5)
+    axis = figure.subplots()
+    handles: dict[str, Any] = {}
+    for (model, method, note), x, y in points:
+        number = view.number(method)
+        drawn = axis.plot(x, y, linestyle="", color=view.colour(model), marker=MARKERS[number % len(MARKERS)])[0]
+        handles.setdefault(_name(view, model, method, note), drawn)
+    front = pareto_front([(x, y) for _, x, y in points])
+    xs, ys = zip(*front, strict=True)
+    handles["nothing smaller is better"] = axis.plot(xs, ys, color="#777777", linestyle=DASHES[2], zorder=0)[0]
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
+    axis.xaxis.set_minor_formatter(lambda size, _: f"{size:g}" if f"{size:e}"[0] in "25" else "")
+    axis.set_xlabel("weights on disk (GB)")
+    axis.set_ylabel("mean over groups (%)")
+    axis.set_title(f"{view.stage} finetuning")
+    _legend(figure, handles)
+    return figure
+
+
+def _points(view: View) -> list[tuple[tuple[str, str, str], float, float]]:
+    """Series, GB and mean per setting that has every group which at least half of the settings have."""
+    by_setting: dict[Setting, dict[str, SummaryRow]] = {}
+    for row in view.usual():
+        by_setting.setdefault(row.setting, {})[row.group] = row
+    counts = Counter(group for found in by_setting.values() for group in found)
+    shared = [group for group, count in counts.items() if 2 * count >= len(by_setting)]
+    points = []
+    for setting, found in by_setting.items():
+        size = next(iter(found.values())).disk_bytes
+        values = [view.value(found[group]) for group in shared if group in found]
+        if size and values and len(values) == len(shared):
+            mean = fmean(100 * value.value for value in values if value)
+            points.append(((setting.model, setting.method, setting.note()), size / 1e9, mean))
+    return points
+
+
+def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (cost, gain) that no other point beats at the same or lower cost, by rising cost."""
+    front: list[tuple[float, float]] = []
+    for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or gain > front[-1][1]:
+            front.append((cost, gain))
+    return front
+
+
+# ---- shared ----
+
+
+def _figure(height: float, width: float = WIDTH) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _grid(count: int) -> tuple[Figure, list[Axes]]:
+    columns = min(COLUMNS, count)
+    rows = -(-count // columns)
+    figure = _figure(PANEL * rows + 0.2, width=WIDTH if columns > 1 else WIDTH * 0.6)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]
+
+
+def _legend(figure: Figure, handles: dict[str, Any]) -> None:
+    names = sorted(handles, key=lambda name: name == FULL)
+    widest = 0.5 + 0.06 * max(map(len, names), default=0)  # inches: the sign, and an average letter of 7 points
+    columns = max(1, min(len(names), int(figure.get_figwidth() / widest)))
+    figure.set_figheight(figure.get_figheight() + 0.15 * -(-len(names) // columns))
+    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns, fontsize=7)
+
+
+def _text(name: str) -> str:
+    """A name as matplotlib may show it: one line, and not taken for a hidden legend entry."""
+    line = " ".join(name.split())
+    return f" {line}" if line.startswith("_") else line
+
+
+FIGURES: dict[str, Callable[[View], Figure | None]] = {
+    "keep-k": keep_k_figure,
+    "methods": methods_figure,
+    "calibration": calibration_figure,
+    "drops": drops_figure,
+    "pareto": pareto_figure,
+}
