@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from emo_select.errors import TaskError, UnknownNameError
+from emo_select.progress import say
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task as LmEvalTask
@@ -189,7 +190,14 @@ class Task(ABC):
         rows = [part for row in choose(self.sources) for part in self.expand(row)]
         if not rows:
             raise TaskError(f"Task {self.name} has no {split} rows ({self.dataset}).")
+        self._compare_size(split, len(rows))
         return [self.document(row, index, split) for index, row in enumerate(rows)]
+
+    def _compare_size(self, split: str, count: int) -> None:
+        expected = dict(zip(("train", "test"), self.sizes or (), strict=False)).get(split, count)
+        if expected != count:
+            say(f"Warning: {self.name} has {count} {split} documents here, {expected} in the published runs; numbers "
+                "are not comparable.")
 
     def document(self, row: Row, index: int, split: str) -> Doc:
         """The document of one row. Raises `TaskError` naming the row and the field."""

@@ -42,13 +42,22 @@ def cached_snapshots(repository: str) -> Iterator[Path]:
 
 def choose_files(names: Sequence[str], config: str, split: str) -> list[str]:
     """The parquet files of one split among the names in a repository, in order; empty where there are none."""
-    bases = [PurePosixPath(config)] + ([PurePosixPath("data"), PurePosixPath(".")] if config == "default" else [])
+    bases = [config] + (["data", ""] if config == "default" else [])
     for base in bases:
-        for pattern in (f"{split}.parquet", f"{split}-*-of-*.parquet", f"{split}/*.parquet"):
-            wanted = [part for part in (base / pattern).parts if part != "."]
-            found = [name for name in names if _matches(PurePosixPath(name).parts, wanted)]
-            if found:
-                return sorted(found)
+        if found := _names_of(names, base, split):
+            return found
+    if config != "default":
+        return []
+    others = sorted({name.split("/")[0] for name in names if "/" in name})
+    candidates = [found for base in others if (found := _names_of(names, base, split))]
+    return candidates[0] if len(candidates) == 1 else []  # the only configuration, whatever its name
+
+
+def _names_of(names: Sequence[str], base: str, split: str) -> list[str]:
+    for pattern in (f"{split}.parquet", f"{split}-*-of-*.parquet", f"{split}/*.parquet"):
+        wanted = PurePosixPath(base, pattern).parts
+        if found := [name for name in names if _matches(PurePosixPath(name).parts, wanted)]:
+            return sorted(found)
     return []
 
 
@@ -106,7 +115,7 @@ def download_to_cache(paths: Sequence[str], config: str, splits: Sequence[str]) 
     """Download `splits` into the Hub's cache. Raises `HubUnreachable`."""
     from huggingface_hub import hf_hub_download
 
-    for file in list_files(paths, config, splits):
+    for file in reversed(list_files(paths, config, splits)):  # see `sources._from_zero`
         with hub_clauses(file.repository):
             hf_hub_download(file.repository, file.name, repo_type="dataset", revision=file.revision)
 

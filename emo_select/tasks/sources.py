@@ -128,32 +128,38 @@ def split_files(folder: Path, config: str, split: str) -> tuple[Path, ...]:
     """The files of one split of one configuration under a data set's folder, shards in order.
 
     Understood layouts: CONFIG/SPLIT.parquet (or .jsonl), CONFIG/SPLIT-00000-of-0000N.parquet,
-    CONFIG/SPLIT/0000.parquet (the Hub's converted branch), and, for the default configuration, the same under data/
-    or directly in the folder. A split with a missing shard counts as absent.
+    CONFIG/SPLIT/0000.parquet (the Hub's converted branch). The default configuration may also lie under data/ or
+    directly in the folder, or be the only one there under another name. A split with a missing shard counts as absent.
     """
     bases = [folder / config] + ([folder / "data", folder] if config == "default" else [])
     for base in bases:
-        for files in _candidates(base, split):
-            if files:
-                return files
-    return ()
-
-
-def _candidates(base: Path, split: str) -> Iterator[tuple[Path, ...]]:
-    for suffix in _SUFFIXES:
-        file = base / f"{split}{suffix}"
-        yield (file,) if file.is_file() else ()
-    yield _complete(sorted(base.glob(f"{split}-*.parquet")))
-    yield tuple(sorted((base / split).glob("*.parquet")))
-
-
-def _complete(files: Sequence[Path]) -> tuple[Path, ...]:
-    """Shards numbered 0 to N-1 of N, else nothing."""
-    found = [_SHARD.search(file.stem) for file in files]
-    if not files or not all(found):
+        if files := _files_of(base, split):
+            return files
+    if config != "default" or not folder.is_dir():
         return ()
-    expected = int(found[0].group(2)) if found[0] else 0
-    return tuple(files) if len(files) == expected else ()
+    found = [files for base in sorted(folder.iterdir()) if base.is_dir() and (files := _files_of(base, split))]
+    return found[0] if len(found) == 1 else ()
+
+
+def _files_of(base: Path, split: str) -> tuple[Path, ...]:
+    for file in (base / f"{split}{suffix}" for suffix in _SUFFIXES):
+        if file.is_file():
+            return (file,)
+    shards = sorted(base.glob(f"{split}-*.parquet"))
+    return _all_of_n(shards) or _from_zero(sorted((base / split).glob("*.parquet")))
+
+
+def _all_of_n(files: Sequence[Path]) -> tuple[Path, ...]:
+    """Shards named K-of-N, if all N are there."""
+    found = [_SHARD.search(file.stem) for file in files]
+    counts = {int(match[2]) for match in found if match}
+    return tuple(files) if all(found) and counts == {len(files)} else ()
+
+
+def _from_zero(files: Sequence[Path]) -> tuple[Path, ...]:
+    """Shards numbered from 0 without a gap. They are downloaded last one first, so that no part looks complete."""
+    numbers = [int(file.stem) if file.stem.isdigit() else -1 for file in files]
+    return tuple(files) if numbers == list(range(len(files))) else ()
 
 
 # ---- reading

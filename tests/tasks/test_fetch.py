@@ -12,9 +12,10 @@ import pyarrow.parquet
 import pytest
 from hub_server import serve
 
-from emo_select.errors import DataMissingError, UsageError
+from emo_select.errors import DataMissingError, TaskError, UsageError
 from emo_select.tasks import fetch, get_tasks
 from emo_select.tasks.hub import choose_files
+from emo_select.tasks.sources import read_rows, split_files
 
 ROWS = [{"id": f"own_{number}", "question": f"What is {number} + 1?", "answerKey": "B",
          "choices": {"text": ["no", str(number + 1)], "label": ["A", "B"]}} for number in range(400)]
@@ -137,8 +138,40 @@ def test_missing_data_is_one_sentence_with_the_command(tmp_path: Path, monkeypat
         (["train.parquet"], "c", []),
         (["c/train-00001-of-00002.parquet", "c/train-00000-of-00002.parquet"], "c",
          ["c/train-00000-of-00002.parquet", "c/train-00001-of-00002.parquet"]),
+        (["plain_text/train/0000.parquet"], "default", ["plain_text/train/0000.parquet"]),
+        (["a/train/0000.parquet", "b/train/0000.parquet"], "default", []),
         (["script.py"], "default", []),
     ],
 )
 def test_which_files_hold_a_split(names: list[str], config: str, expected: list[str]) -> None:
     assert choose_files(names, config, "train") == expected
+
+
+@pytest.mark.parametrize(
+    "names, config, found",
+    [
+        (["default/train.parquet"], "default", 1),
+        (["train.jsonl"], "default", 1),
+        (["plain/train/0000.parquet", "plain/train/0001.parquet"], "default", 2),
+        (["c/train/0001.parquet"], "c", 0),
+        (["c/train-00000-of-00002.parquet"], "c", 0),
+        (["c/train-00000-of-00002.parquet", "c/train-00001-of-00002.parquet"], "c", 2),
+        (["other/train.parquet"], "c", 0),
+        (["a/train.parquet", "b/train.parquet"], "default", 0),
+    ],
+)
+def test_which_local_files_hold_a_split(names: list[str], config: str, found: int, tmp_path: Path) -> None:
+    """A split that misses a shard is absent, not short."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    files = split_files(tmp_path, config, "train")
+    assert [file.relative_to(tmp_path).as_posix() for file in files] == names[:found]
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    for name, content in (("a.parquet", b"PAR1 no"), ("b.jsonl", b"{"), ("c.json", b"{}"), ("d.csv", b"a,b\n1\n"),
+                          ("e.csv", b"a\n\xff\n"), ("f.txt", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(TaskError, match=name):
+            read_rows(tmp_path / name)
