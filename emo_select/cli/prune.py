@@ -36,6 +36,10 @@ def prune(
 
     The result has the source's own layout and loads wherever that loads. An interrupted call goes on where it was.
     """
+    changed = model or out or dtype or max_shard_size or allow_nonuniform
+    if (selection / "run.json").exists() and not (changed or dry_run):
+        _prune_run(selection, force=force, as_json=as_json)
+        return
     from emo_select.checkpoint import open_checkpoint
     from emo_select.errors import SpecError
     from emo_select.experts.keepset import KeepSet
@@ -60,3 +64,19 @@ def prune(
     else:
         say(f"{'Would write' if dry_run else 'Wrote'} {target}: {summary['experts']} experts per layer of "
             f"{summary['experts_before']}, {summary['bytes'] / 1e9:.2f} GB of {summary['bytes_before'] / 1e9:.2f} GB.")
+
+
+def _prune_run(directory: Path, *, force: bool, as_json: bool) -> None:
+    """The prune stage of one run, as `emo-select run` would do it, with its completion record."""
+    from emo_select import record
+    from emo_select.pipeline import execute, plan, reopen
+    from emo_select.spec import Execution
+
+    run = reopen(directory, Execution())
+    execute(run, plan(run, ["prune"], ["prune"] if force else []))
+    done = record.load(run.paths)
+    written = done.stages["prune"].outputs if done else {}
+    if as_json:
+        common.emit({"directory": str(run.paths.selected_model), "files": written})
+    else:
+        typer.echo(run.paths.selected_model)
