@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from threading import Lock, local
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SAMPLES_PER_SHARD, SAMPLE_BYTES = 64, 4096
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
-PIECE_BYTES = 1 << 20  # small enough to stay in the processor's cache from reading over checking to writing
+PIECE_BYTES = 1 << 19  # small enough to stay in the processor's cache from reading over checking to writing
 MAX_READ = 1 << 30  # one pread never returns more than 2 GiB
 
 
@@ -67,6 +68,7 @@ class Checkpoint:
     def __init__(self, directory: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
         self.directory, self.config, self.tensors = directory, config, tensors
         self._files: dict[str, int] = {}
+        self._lock, self._buffers = Lock(), local()
 
     @property
     def total_bytes(self) -> int:
@@ -124,8 +126,13 @@ class Checkpoint:
             raise ValueError(f"{name} has {at} bytes, the buffer {len(buffer)}")
 
     def pieces(self, name: str, rows: Sequence[int] | None = None) -> Iterator[memoryview]:
-        """The bytes of the tensor or of `rows`, in order, in views of one reused buffer: use each before the next."""
-        buffer = memoryview(bytearray(min(PIECE_BYTES, self.info(name).bytes)))
+        """The bytes of the tensor or of `rows`, in order.
+
+        All pieces that a thread gets are views of one buffer: use each before asking for the next.
+        """
+        if not hasattr(self._buffers, "piece"):
+            self._buffers.piece = memoryview(bytearray(PIECE_BYTES))
+        buffer = self._buffers.piece
         for offset, count in self.ranges(name, rows):
             for at in range(0, count, PIECE_BYTES):
                 piece = buffer[:min(PIECE_BYTES, count - at)]
@@ -145,9 +152,10 @@ class Checkpoint:
 
     def file(self, shard: str) -> int:
         """File descriptor of a shard, opened once, closed with the checkpoint."""
-        if shard not in self._files:
-            self._files[shard] = os.open(self.directory / shard, os.O_RDONLY)
-        return self._files[shard]
+        with self._lock:
+            if shard not in self._files:
+                self._files[shard] = os.open(self.directory / shard, os.O_RDONLY)
+            return self._files[shard]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -12,14 +12,14 @@ PUBLISHED = (
     "allenai/StdMoE_1b4b_130B", "allenai/Dense_1b_130B", "allenai/StdMoE_1b14b_1T_Preanneal",
     "allenai/StdMoE_1b14b_1T_EmoAnnealed",
 )
-# Remote code is left out on purpose: nothing here runs it.
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+# Code comes along as text, so that a pruned copy still has it; nothing runs it unless the user asks for that.
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
 
 
 def resolve(source: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint: `demo/NAME` → shipped data, an existing folder → itself, else a Hub id.
 
-    A Hub id is taken from the cache or downloaded (config, safetensors, tokenizer; never code).
+    A Hub id is taken from the cache or downloaded: config, safetensors, tokenizer; no weights in other formats.
 
     Raises:
         ModelError: nothing of that name, with near matches.

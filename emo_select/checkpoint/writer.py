@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,7 @@ def assign_shards(tensors: Iterable[TensorSpec], max_shard_bytes: int | None = N
 
 
 class ShardedWriter:
-    """Writes the tensors named in `shards`, in any order, each exactly once; leaving the `with` block publishes.
+    """Writes the tensors named in `shards`, in any order and from any thread; leaving the `with` block publishes.
 
     A shard is written to `.NAME.partial` and renamed once all of its tensors are there and on disk. Shards that an
     interrupted writer with the same plan has finished are kept: `done(name)` tells whether a tensor is already in
@@ -74,6 +75,7 @@ class ShardedWriter:
                        for t, at in zip(ts, self._headers[s][1], strict=True)}
         self._pending = {s: {t.name for t in ts} for s, ts in shards.items() if not self._finished(s)}
         self._files: dict[str, int] = {}
+        self._lock = Lock()
 
     def done(self, name: str) -> bool:
         """Whether the tensor is already written."""
@@ -145,25 +147,28 @@ class ShardedWriter:
                                                                      for t in self.shards[shard]]
 
     def _file(self, shard: str) -> int:
-        if shard not in self._files:
-            self._files[shard] = os.open(self._partial(shard), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            _write_all(self._files[shard], memoryview(self._headers[shard][0]), 0)
-        return self._files[shard]
+        with self._lock:
+            if shard not in self._files:
+                self._files[shard] = os.open(self._partial(shard), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+                _write_all(self._files[shard], memoryview(self._headers[shard][0]), 0)
+            return self._files[shard]
 
     def _partial(self, shard: str) -> Path:
         return self.directory / f".{shard}.partial"
 
     def _finish_tensor(self, shard: str, name: str) -> None:
-        self._pending[shard].discard(name)
-        if not self._pending[shard]:
+        with self._lock:
+            self._pending[shard].discard(name)
+            last = not self._pending[shard]
+        if last:
             self._publish(shard)
 
     def _publish(self, shard: str) -> None:
         descriptor = self._file(shard)
         os.fsync(descriptor)
         os.close(descriptor)
-        del self._files[shard], self._pending[shard]
         self._partial(shard).replace(self.directory / shard)
+        del self._files[shard], self._pending[shard]
 
 
 def _write_all(descriptor: int, data: memoryview, at: int) -> None:

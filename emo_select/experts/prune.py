@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ from emo_select.tree import link_or_copy, require_space, staged_directory, write
 
 # Small files that belong to a checkpoint; weights in other formats and training state do not.
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
+WORKERS = min(4, os.cpu_count() or 1)  # more gain nothing on one disk
 REPLACED = {"config.json", INDEX, "pruning_metadata.json", "experts.json", "expert_mask.json", "trainer_state.json"}
 
 
@@ -89,6 +92,8 @@ def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dt
         NumericError: a weight is NaN or infinite, named with layer and expert.
     """
     with open_checkpoint(source) as checkpoint:
+        if keep_set.fingerprint not in (None, checkpoint.fingerprint):
+            say(f"The selection was made on other weights or another config than {source} has now.")
         target = _safetensors_dtype(dtype)
         plan = plan_prune(checkpoint, keep_set, dtype=target, allow_nonuniform=allow_nonuniform)
         limit = parse_size(max_shard_size)
@@ -253,15 +258,19 @@ def _write_shards(checkpoint: Checkpoint, plan: PrunePlan, folder: Path, limit: 
     copies = {copy.spec.name: copy for copy in plan.copies}
     shards = assign_shards((copy.spec for copy in plan.copies), limit)
     with ShardedWriter(folder, shards) as out, track("Writing experts (GB)", plan.total_bytes / 1e9) as bar:
-        missing = out.missing()
-        bar.advance((plan.total_bytes - sum(copies[name].spec.bytes for name in missing)) / 1e9)
-        for name in missing:
-            copy = copies[name]
-            if copy.spec.dtype == checkpoint.tensors[copy.source].dtype:
-                out.write_bytes(name, _finite_pieces(checkpoint, copy))
-            else:
-                out.write(name, _cast(checkpoint, copy))
-            bar.advance(copy.spec.bytes / 1e9)
+        missing = [copies[name] for name in out.missing()]
+        bar.advance((plan.total_bytes - sum(copy.spec.bytes for copy in missing)) / 1e9)
+        with ThreadPoolExecutor(WORKERS) as pool:  # reading, checking and writing all let other threads run
+            for copy in pool.map(lambda copy: _write_tensor(checkpoint, copy, out), missing):
+                bar.advance(copy.spec.bytes / 1e9)
+
+
+def _write_tensor(checkpoint: Checkpoint, copy: Copy, out: ShardedWriter) -> Copy:
+    if copy.spec.dtype == checkpoint.tensors[copy.source].dtype:
+        out.write_bytes(copy.spec.name, _finite_pieces(checkpoint, copy))
+    else:
+        out.write(copy.spec.name, _cast(checkpoint, copy))
+    return copy
 
 
 def _finite_pieces(checkpoint: Checkpoint, copy: Copy) -> Iterator[memoryview]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 Scoring = Literal["softmax", "sigmoid", "softmax_of_top_k"]
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
+NUMBERED = re.compile(r"(.+)\.(\d+)\.(.+)")
 # Any of these that a config happens to have is kept in step with the count, so that no stale twin wins on loading.
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 FLOATING = ("F64", "F32", "F16", "BF16")
@@ -91,10 +92,9 @@ class Family:
     extra_layers_key: str | None = None  # counts prediction layers behind the decoder, which pruning leaves out
 
     @cached_property
-    def patterns(self) -> tuple[tuple[re.Pattern[str], str], ...]:
-        """(pattern over a layer-relative name, the part) for every per-expert part."""
-        parts = [part for fused in self.experts for part in fused.parts if fused.per_expert]
-        return tuple((re.compile(re.escape(part).replace(r"\{e\}", r"(\d+)")), part) for part in parts)
+    def expert_parts(self) -> frozenset[str]:
+        """Layer-relative disk names of one expert's tensors, with `{e}`."""
+        return frozenset(part for fused in self.experts for part in fused.parts if fused.per_expert)
 
     @cached_property
     def row_names(self) -> frozenset[str]:
@@ -114,9 +114,8 @@ class Family:
         layer, rest = int(match[1]), match[2]
         if rest in self.row_names:
             return Role("rows", layer, suffix=rest)
-        for pattern, part in self.patterns:
-            if found := pattern.fullmatch(rest):
-                return Role("expert", layer, int(found[1]), part)
+        if (found := NUMBERED.fullmatch(rest)) and (part := f"{found[1]}.{{e}}.{found[3]}") in self.expert_parts:
+            return Role("expert", layer, int(found[2]), part)
         return Role("other", layer, suffix=rest)
 
     def in_memory(self, name: str) -> str:
@@ -393,7 +392,7 @@ def _check_layer(checkpoint: Checkpoint, family: Family, layer: int, count: int,
 def _expert_names(family: Family, prefix: str, count: int) -> dict[str, str]:
     """Disk name → suffix of every router and expert tensor that a layer of `count` experts must have."""
     names = {prefix + suffix: suffix for suffix in family.row_names}
-    for _, part in family.patterns:
+    for part in family.expert_parts:
         names |= {prefix + part.replace("{e}", str(e)): part for e in range(count)}
     return names
 

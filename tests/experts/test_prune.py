@@ -342,6 +342,15 @@ def test_one_expert_of_another_shape_is_named(source: Path, some: KeepSet) -> No
         plan_prune(open_checkpoint(source), some)
 
 
+def test_a_selection_made_on_other_weights_is_mentioned(source: Path, some: KeepSet, tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    same = some.model_copy(update={"fingerprint": open_checkpoint(source).fingerprint})
+    prune_checkpoint(source, same, tmp_path / "pruned")
+    assert "other weights" not in capsys.readouterr().err
+    prune_checkpoint(source, some.model_copy(update={"fingerprint": "0" * 64}), tmp_path / "pruned")
+    assert "other weights" in capsys.readouterr().err
+
+
 def test_keep_k(golden: Path) -> None:
     config = open_checkpoint(golden / "models" / "emo_shared1").config
     assert check_keep_k(config, 32) is None and check_keep_k(config, 4) is None
