@@ -46,7 +46,7 @@ def lora_targets(checkpoint: Checkpoint, lora: Lora) -> Targets:
     for target in lora.targets:
         found = {name for name, group in linear.items() if target in (group, name, name.rpartition(".")[2])}
         if not found and target not in GROUPS:
-            raise UnknownNameError("LoRA target", target, [*GROUPS, *linear], "give a group or a module of the model")
+            raise UnknownNameError("LoRA target", target, [*GROUPS, *linear, *(n.rpartition(".")[2] for n in linear)])
         chosen |= found
     chosen |= {name for name, group in linear.items() if lora.shared and group == "shared"}
     parameters = _bare_parameters(family, lora)
