@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from emo_select import progress
 from emo_select.checkpoint import open_checkpoint
-from emo_select.errors import SpecError
+from emo_select.errors import SpecError, UnknownNameError
 from emo_select.evaluate import parallel
 from emo_select.evaluate.responses import ResponseStore
 from emo_select.evaluate.results import Heading, Outcome, finished_metrics, write_results
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from emo_select.evaluate.engine import SharedPrefixLM
 
 Metrics = dict[str, Any]
+BACKENDS = ("hf", "vllm")
 NAMED_ROWS = 20  # documents listed by number per kind of problem
 
 
@@ -53,6 +54,8 @@ class EvalOptions:
     def __post_init__(self) -> None:
         if self.limit is not None and self.samples is not None:
             raise SpecError("--limit and --samples exclude each other; leave one out.")
+        if self.backend not in BACKENDS:
+            raise UnknownNameError("backend", self.backend, BACKENDS)
 
     @property
     def precision(self) -> str:
@@ -150,7 +153,8 @@ class Evaluator:
         for instance in sorted(harness.instances, key=lambda instance: (instance.doc_id, instance.idx)):
             responses[instance.doc_id].append(instance.resps[0])
         predictions = [task.prediction(doc, answers) for doc, answers in zip(docs, responses, strict=True)]
-        return Outcome(numbers, docs, predictions), row_issues(numbers, responses, options.max_length)
+        issues = row_issues(numbers, responses, options.max_length, task.remarks(docs))
+        return Outcome(numbers, docs, predictions), issues
 
     def _heading(self, task: Task, task_hash: str, seconds: float, issues: Mapping[str, Any], task_idx: int) -> Heading:
         options, engine = self.options, self.engine
@@ -160,7 +164,7 @@ class Evaluator:
             model_hash=self.model_hash,
             task_config={"limit": options.limit, "split": "test", "num_shots": shots,
                          "samples": options.samples and list(options.samples.get(task.name, ()))},
-            model_config={"model": self.model, "model_type": "hf", "max_length": options.max_length,
+            model_config={"model": self.model, "model_type": options.backend, "max_length": options.max_length,
                           "dtype": options.precision, "add_bos_token": options.add_bos_token,
                           "trust_remote_code": options.trust_remote_code, "keep_set": self.keep_set},
             compute_config={"device": str(engine.device), "processes": parallel.world_size(),
@@ -174,6 +178,10 @@ class Evaluator:
 
 def load_engine(model: str, options: EvalOptions) -> SharedPrefixLM:
     """The language model for lm-eval: weights on the device, tokenizer, shared prefixes."""
+    if options.backend == "vllm":
+        from emo_select.evaluate.vllm import load_vllm_engine
+
+        return cast("SharedPrefixLM", load_vllm_engine(model, options))
     from emo_select.evaluate.engine import SharedPrefixLM
     from emo_select.models import load_model, load_tokenizer
 
@@ -184,8 +192,11 @@ def load_engine(model: str, options: EvalOptions) -> SharedPrefixLM:
                           add_bos_token=options.add_bos_token)
 
 
-def row_issues(numbers: Sequence[int], responses: Sequence[Sequence[Any]], max_length: int) -> dict[str, Any]:
-    """Documents with requests that were cut to the model's context, or whose answer has no token.
+def row_issues(
+    numbers: Sequence[int], responses: Sequence[Sequence[Any]], max_length: int, remarks: Mapping[str, Sequence[int]]
+) -> dict[str, Any]:
+    """Documents with requests that were cut to the model's context, whose answer has no token, or that the task finds
+    odd (`remarks`: positions by kind).
 
     Per kind of problem: how many documents, and the numbers of the first ones.
     """
@@ -193,6 +204,7 @@ def row_issues(numbers: Sequence[int], responses: Sequence[Sequence[Any]], max_l
              "answer_without_tokens": lambda answer: answer.num_tokens == 0 and not isinstance(answer, str)}
     found = {kind: [number for number, answers in zip(numbers, responses, strict=True) if any(map(test, answers))]
              for kind, test in kinds.items()}
+    found |= {kind: [numbers[position] for position in positions] for kind, positions in remarks.items()}
     return {kind: {"documents": len(rows), "first": rows[:NAMED_ROWS]} for kind, rows in found.items() if rows}
 
 
