@@ -39,7 +39,7 @@ def pretrain(
     if as_json:
         emit({"checkpoint": str(folder), **report})
     else:
-        say(f"{report['parameters']:,} parameters trained in {report['seconds']:.0f} s: {folder}")
+        say(f"{report['parameters']:,} parameters trained in {report['cpu_seconds']:.0f} CPU seconds: {folder}")
 
 
 def register(app: typer.Typer) -> None:

@@ -1,9 +1,9 @@
 """The demo's world: domains that share one vocabulary, each with its own table of pairs. Torch-free.
 
-In each domain every ordered pair of words has one answer, `DOMAINS × 16 × 16` facts in all, with nothing to tell the
-answer of one domain from that of another. A text asks for facts of a single domain, as a document does:
+In each domain every pair of a colour and a thing has one answer: 8 × 16 × 16 facts in all, and nothing but the domain
+tells which answer a pair has. A text asks for facts of a single domain, as a document does:
 
-    harbor: bell clay = moss
+    harbor: green bell = moss
 
 Everything is drawn from SHA-256, so that it is the same with every version of every library.
 """
@@ -13,11 +13,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from typing import Any
 
 DOMAINS = ("harbor", "kitchen", "museum", "orchard", "railway", "theater", "village", "workshop")
-WORDS = ("ash", "bell", "clay", "dusk", "elm", "fern", "gold", "hail",
-         "iris", "jade", "kelp", "lime", "moss", "nest", "opal", "pine")
+COLOURS = ("amber", "black", "blue", "brown", "coral", "cream", "golden", "green",
+           "grey", "pink", "purple", "red", "silver", "teal", "violet", "white")
+THINGS = ("anchor", "basket", "bell", "book", "bottle", "candle", "chair", "coin",
+          "drum", "feather", "kettle", "ladder", "lantern", "mirror", "ribbon", "stone")
+ANSWERS = ("ash", "birch", "cedar", "elm", "fern", "hazel", "iris", "ivy",
+           "lily", "maple", "moss", "oak", "pine", "rose", "thyme", "willow")
 DELIMITER = " ="
 SEPARATOR = "\n\n"
 CHOICES = 8
@@ -25,20 +30,20 @@ CHOICES = 8
 SPLITS = {"shots": 4, "train": 128, "validation": 44, "test": 80}
 
 
-def answer(domain: str, left: str, right: str) -> str:
-    """What `left right` gives in `domain`."""
-    return WORDS[_draw(domain, left, right) % len(WORDS)]
+def answer(domain: str, colour: str, thing: str) -> str:
+    """What a coloured thing stands for in `domain`."""
+    return ANSWERS[_draw(domain, colour, thing) % len(ANSWERS)]
 
 
-def question(domain: str, left: str, right: str) -> str:
+def question(domain: str, colour: str, thing: str) -> str:
     """The text up to where the answer begins."""
-    return f"{domain}: {left} {right}{DELIMITER}"
+    return f"{domain}: {colour} {thing}{DELIMITER}"
 
 
 @cache
 def rows(domain: str) -> dict[str, list[dict[str, Any]]]:
     """Per split, the facts of a domain: id, question, answer and the choices of a multiple-choice test."""
-    pairs = sorted(((left, right) for left in WORDS for right in WORDS), key=lambda pair: _draw("split", domain, *pair))
+    pairs = sorted(product(COLOURS, THINGS), key=lambda pair: _draw("split", domain, *pair))
     splits, start = {}, 0
     for split, count in SPLITS.items():
         splits[split] = [_row(domain, *pair) for pair in pairs[start:start + count]]
@@ -46,13 +51,13 @@ def rows(domain: str) -> dict[str, list[dict[str, Any]]]:
     return splits
 
 
-def _row(domain: str, left: str, right: str) -> dict[str, Any]:
-    gold = answer(domain, left, right)
-    others = sorted((word for word in WORDS if word != gold), key=lambda word: _draw(domain, left, right, word))
+def _row(domain: str, colour: str, thing: str) -> dict[str, Any]:
+    gold = answer(domain, colour, thing)
+    others = sorted((word for word in ANSWERS if word != gold), key=lambda word: _draw(domain, colour, thing, word))
     choices = sorted([gold, *others[:CHOICES - 1]])
     return {
-        "id": f"{domain}-{left}-{right}",
-        "question": question(domain, left, right),
+        "id": f"{domain}-{colour}-{thing}",
+        "question": question(domain, colour, thing),
         "answer": gold,
         "choices": choices,
         "gold": choices.index(gold),
@@ -65,5 +70,5 @@ def _draw(*parts: str) -> int:
 
 def texts() -> Sequence[str]:
     """Every fact of every domain as text, for building the tokenizer."""
-    return [question(domain, left, right) + f" {answer(domain, left, right)}{SEPARATOR}"
-            for domain in DOMAINS for left in WORDS for right in WORDS]
+    return [question(domain, colour, thing) + f" {answer(domain, colour, thing)}{SEPARATOR}"
+            for domain in DOMAINS for colour, thing in product(COLOURS, THINGS)]

@@ -78,7 +78,7 @@ class Optimizer(_Strict):
 class PretrainConfig(_Strict):
     """One pretraining run. `dtype` is that of the published weights; training itself is in fp32."""
 
-    name: str = Field(pattern=r"[A-Za-z0-9_-]+")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     seed: int = Field(ge=0)
     dtype: Literal["float32", "bfloat16"]
     save_every: int = Field(gt=0, description="Steps between two states that training can go on from.")

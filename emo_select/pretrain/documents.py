@@ -13,21 +13,22 @@ from emo_select.pretrain.objective import IGNORED, Batch
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
     """A CPU generator that depends on its arguments alone; `stream` tells uses within a step apart."""
-    return torch.Generator().manual_seed((seed * 1024 + stream) * 2**32 + step)
+    # the CPU generator uses 32 bits of its seed
+    return torch.Generator().manual_seed((seed * 1_000_003 + step * 4 + stream) % 2**32)
 
 
 class Documents:
     """Draws documents. Batch `step` depends on the seed and the step alone, so training can resume anywhere.
 
     A document is `facts` questions with their answers, about random pairs of one random domain. Labels are the
-    answers and what follows them; the words of the next question are random, so they are not trained on.
+    answers and the end of the document; the words of a question are random, so they are not trained on.
     """
 
     def __init__(self, tokenizer: Any, *, seed: int, per_step: int, facts: int) -> None:
         self.seed, self.per_step, self.facts = seed, per_step, facts
         self.end = int(tokenizer.token_to_id("<|endoftext|>"))
         texts = [tokenizer.encode(text).ids for text in domains.texts()]
-        shape = (len(domains.DOMAINS), len(domains.WORDS) ** 2, -1)
+        shape = (len(domains.DOMAINS), len(domains.COLOURS) * len(domains.THINGS), -1)
         self.table = torch.tensor(texts).reshape(shape)  # (domains, pairs, tokens of a fact)
 
     def batch(self, step: int) -> Batch:
@@ -40,7 +41,7 @@ class Documents:
 
     def _batch(self, facts: Tensor) -> Batch:
         labels = torch.full_like(facts, IGNORED)
-        labels[..., -2:] = facts[..., -2:]  # the answer and the blank line
+        labels[..., -2] = facts[..., -2]  # the answer; after it comes the blank line
         ids, labels = facts.flatten(1).clone(), labels.flatten(1)
         ids[:, -1] = labels[:, -1] = self.end
         return Batch(ids, labels, torch.arange(len(ids))[:, None].expand_as(ids))

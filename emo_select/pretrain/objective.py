@@ -117,6 +117,9 @@ class EmoObjective:
     one by one. Call it on every rank and average the gradients over the ranks: the result is then that of one rank
     with all documents.
 
+        with objective(batch, generator) as losses:
+            losses.total.backward()
+
     Wrap the model for data parallelism as you like and pass the wrapped one as `forward`.
 
     Raises:
@@ -145,21 +148,28 @@ class EmoObjective:
             raise SpecError(f"Pool sizes {smallest} to {largest} do not fit: the smallest must be at least the "
                             f"{needed} routed experts that each token uses, and not above the largest.")
 
-    def __call__(self, batch: Batch, generator: torch.Generator) -> Losses:
-        """The losses of one batch; `generator` (CPU) draws the pool sizes of its documents, in their numbering."""
-        if self.pool_sizes is None:
-            return self.losses(batch, None)
-        return self.losses(batch, draw_pool_sizes(int(batch.documents.max()) + 1, *self.pool_sizes, generator))
+    @contextmanager
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Iterator[Losses]:
+        """The losses of one batch; `generator` (CPU) draws the pool sizes of its documents, in their numbering.
 
-    def losses(self, batch: Batch, sizes: Tensor | None) -> Losses:
-        """The losses of one batch with pool sizes (N,) given; None leaves all experts to every document."""
+        Call `total.backward()` inside of the `with`: gradient checkpointing routes a second time, with these pools.
+        """
+        sizes = None
+        if self.pool_sizes is not None:
+            sizes = draw_pool_sizes(int(batch.documents.max()) + 1, *self.pool_sizes, generator)
+        with self.with_sizes(batch, sizes) as losses:
+            yield losses
+
+    @contextmanager
+    def with_sizes(self, batch: Batch, sizes: Tensor | None) -> Iterator[Losses]:
+        """As a call, with the pool sizes (N,) given; None leaves all experts to every document."""
         documents = batch.documents.reshape(-1)
         with self._pools(documents, sizes) as pools:
             logits = (self.forward or self.model)(
                 input_ids=batch.input_ids, use_cache=False, output_router_logits=False
             ).logits
             layers = [_routing(pool, router, documents >= 0) for pool, router in zip(pools, self.routers, strict=True)]
-        return self._combine(logits, batch.labels, layers, (documents >= 0).sum())
+            yield self._combine(logits, batch.labels, layers, (documents >= 0).sum())
 
     @contextmanager
     def _pools(self, documents: Tensor, sizes: Tensor | None) -> Iterator[list[_LayerPool]]:

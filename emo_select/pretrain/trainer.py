@@ -75,14 +75,15 @@ class Trainer:
 
     def advance(self) -> Losses:
         """One optimiser step. Raises `NumericError` where the loss is not finite."""
-        started = time.monotonic()
+        started = time.process_time()
         self.step += 1
-        losses = self.objective(self.documents.batch(self.step), step_generator(self.config.seed, self.step, POOLS))
-        if not torch.isfinite(losses.total):
-            raise NumericError(f"The loss of step {self.step} is not finite; lower optimizer.learning_rate.")
-        losses.total.backward()  # type: ignore[no-untyped-call]
+        batch, draws = self.documents.batch(self.step), step_generator(self.config.seed, self.step, POOLS)
+        with self.objective(batch, draws) as losses:
+            if not torch.isfinite(losses.total):
+                raise NumericError(f"The loss of step {self.step} is not finite; lower optimizer.learning_rate.")
+            losses.total.backward()
         self._update()
-        self.seconds += time.monotonic() - started
+        self.seconds += time.process_time() - started
         return losses
 
     def _update(self) -> None:
@@ -163,8 +164,9 @@ def _show(trainer: Trainer, losses: Losses, bar: Bar) -> None:
 def _report(trainer: Trainer) -> dict[str, Any]:
     return {
         "config": trainer.config.model_dump(),
+        "steps": trainer.step,
         "parameters": sum(parameter.numel() for parameter in trainer.parameters.values()),
-        "seconds": round(trainer.seconds, 1),
+        "cpu_seconds": round(trainer.seconds, 1),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "curve": trainer.curve,
