@@ -1,0 +1,262 @@
+"""Put finetuned experts back into the model they were pruned from, at their original indices.
+
+A plan made from headers says for each tensor of the full model which of its rows come from where; then one tensor
+after the other is copied, replaced or averaged. Neither model is ever in memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from emo_select.checkpoint import Checkpoint, ShardedWriter, TensorSpec, assign_shards, open_checkpoint
+from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE
+from emo_select.errors import CheckpointError, ModelError, SpecError
+from emo_select.finetune.freezing import memory_kind, routed_per_layer
+from emo_select.finetune.saving import copy_companions
+from emo_select.models.families import Family, Role, experts_per_layer, family_of
+from emo_select.progress import track
+from emo_select.spec import digest
+from emo_select.tree import RunPaths, read_json, require_space, staged_directory, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+METADATA, MERGED = "pruning_metadata.json", "merge_metadata.json"
+Group = Literal["routed", "shared", "router", "rest"]
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What goes back beside the routed experts, and how."""
+
+    router: bool = False
+    """The router rows of all kept experts, shared ones included."""
+    shared: bool = False
+    rest: bool = False
+    """Everything else: attention, norms, embeddings, head, dense layers."""
+    average: float | None = None
+    """None replaces; α writes (1 − α) · full + α · finetuned."""
+    dtype: str | None = None
+    """Cast both models ("bfloat16", …); None keeps each tensor's own dtype."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Where the new values of one tensor of the full model come from; rows of None mean all of them."""
+
+    source: str
+    rows: tuple[int, ...] | None = None
+    targets: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Changes by name of the full model's tensors, and how many experts, rows or tensors of each group they are."""
+
+    changes: Mapping[str, Change]
+    counts: Mapping[Group, int]
+
+
+def merge_back(child: str | Path, into: str, out_dir: Path, options: MergeOptions = MergeOptions()) -> dict[str, Any]:
+    """Write the model `into` with the experts of `child` in place of its own; returns what merge_metadata.json says.
+
+    `child` is a run directory (its last checkpoint is taken) or a checkpoint with pruning_metadata.json. An
+    interrupted call goes on with the shard it was in.
+
+    Raises, before anything is written: `ModelError` or `CheckpointError` where the two do not belong together,
+    `SpecError` for an α outside 0 to 1, `DiskSpaceError`.
+    """
+    if options.average is not None and not 0 <= options.average <= 1:
+        raise SpecError(f"The averaging weight {options.average:g} is not between 0 and 1.")
+    source, metadata = _finetuned_checkpoint(Path(child))
+    with open_checkpoint(into) as full, open_checkpoint(source) as tuned:
+        plan = plan_merge(full, tuned, read_json(metadata).get("experts_kept_per_layer") or [], options)
+        require_space(out_dir, full.total_bytes, "The merged model")
+        record = _record(plan, options, {"into": into, "child": str(source), "metadata": str(metadata)})
+        with staged_directory(out_dir, digest([full.fingerprint, tuned.fingerprint, record])) as folder:
+            _write(full, tuned, plan, options, folder)
+            copy_companions(full.directory, folder)
+            if options.dtype:
+                write_json(folder / "config.json", {**full.config, "dtype": options.dtype})
+            write_json(folder / MERGED, record)
+    return record
+
+
+def plan_merge(
+    full: Checkpoint, tuned: Checkpoint, kept: Sequence[Sequence[int] | None], options: MergeOptions
+) -> MergePlan:
+    """Decide from headers alone what changes; `kept` lists each layer's kept experts (null: dense, or all kept)."""
+    family = family_of(full.config)
+    kept = _checked_kept(full, tuned, kept)
+    routed = routed_per_layer(full.config)
+    wanted: set[Group] = {"routed"}
+    wanted |= {group for group in ("router", "shared", "rest") if getattr(options, group)}
+    changes: dict[str, Change] = {}
+    counts: Counter[Group] = Counter()
+    for name in full.tensors:
+        group, change = _change(family, family.role(name), name, kept, routed, wanted)
+        if change is not None:
+            _require_fit(full, tuned, name, change)
+            changes[name] = change
+            counts[group] += 1 if change.rows is None else len(change.rows)
+    experts = len({part for fused in family.experts for part in fused.parts})
+    for group in ("routed", "shared"):
+        counts[group] //= experts  # an expert is several tensors
+    return MergePlan(changes, counts)
+
+
+def _change(
+    family: Family,
+    role: Role,
+    name: str,
+    kept: Sequence[Sequence[int]],
+    routed: Sequence[int],
+    wanted: set[Group],
+) -> tuple[Group, Change | None]:
+    """The group of a tensor of the full model, and its change if that group is wanted."""
+    if role.kind == "expert" and role.layer is not None and role.expert is not None:
+        group: Group = "routed" if role.expert < routed[role.layer] else "shared"
+        if group not in wanted or role.expert not in kept[role.layer]:
+            return group, None
+        suffix = role.suffix.replace("{e}", str(kept[role.layer].index(role.expert)))
+        return group, Change(f"model.layers.{role.layer}.{suffix}")
+    if role.kind == "rows" and role.layer is not None:
+        return _row_change(family, role, name, kept[role.layer], routed[role.layer], wanted)
+    group = "shared" if memory_kind(family, family.in_memory(name)) == "shared" else "rest"
+    return group, Change(name) if group in wanted else None
+
+
+def _row_change(
+    family: Family, role: Role, name: str, kept: Sequence[int], routed: int, wanted: set[Group]
+) -> tuple[Group, Change | None]:
+    """Router rows, or experts that are one tensor on disk: the kept rows of it."""
+    group: Group = "router" if role.suffix in family.router else "routed"
+    every = group == "router" or "shared" in wanted
+    chosen = [(row, target) for row, target in enumerate(kept) if every or target < routed]
+    if group not in wanted or not chosen:
+        return group, None
+    rows, targets = zip(*chosen, strict=True)
+    return group, Change(name, rows, targets)
+
+
+def _checked_kept(
+    full: Checkpoint, tuned: Checkpoint, kept: Sequence[Sequence[int] | None]
+) -> list[Sequence[int]]:
+    """Kept experts per layer with nulls filled in, after the two configurations and the list have been compared."""
+    if full.config.get("model_type") != tuned.config.get("model_type"):
+        raise ModelError(
+            f"{tuned.directory} is a {tuned.config.get('model_type')} model and {full.directory} a "
+            f"{full.config.get('model_type')} model; give the model that was pruned as --into."
+        )
+    counts, ours = experts_per_layer(full.config), experts_per_layer(tuned.config)
+    if not len(kept) == len(counts) == len(ours):
+        raise CheckpointError(f"{METADATA} lists {len(kept)} layers, {full.directory} has {len(counts)}.")
+    filled: list[Sequence[int]] = []
+    for layer, (listed, count, own) in enumerate(zip(kept, counts, ours, strict=True)):
+        chosen = list(range(own)) if listed is None else listed
+        if len(chosen) != own or any(not 0 <= expert < count for expert in chosen) or (listed is None and own != count):
+            raise CheckpointError(
+                f"{METADATA} keeps {len(chosen)} experts of layer {layer}, the finetuned model has {own} and the full "
+                f"one {count}; give the model that was pruned as --into."
+            )
+        filled.append(chosen)
+    return filled
+
+
+def _require_fit(full: Checkpoint, tuned: Checkpoint, name: str, change: Change) -> None:
+    """Raise `CheckpointError` unless the new values have the shape of the old ones."""
+    old, new = full.info(name).shape, tuned.info(change.source).shape
+    if (old if change.rows is None else old[1:]) != (new if change.rows is None else new[1:]):
+        raise CheckpointError(f"{name} is {list(old)} in the full model and {list(new)} in the finetuned one.")
+
+
+def _write(full: Checkpoint, tuned: Checkpoint, plan: MergePlan, options: MergeOptions, folder: Path) -> None:
+    specs = []
+    for name, info in full.tensors.items():
+        floating = options.dtype and info.dtype in ("F64", "F32", "F16", "BF16")
+        specs.append(TensorSpec(name, SAFETENSORS_DTYPE[options.dtype] if floating else info.dtype, info.shape))  # type: ignore[index]
+    with ShardedWriter(folder, assign_shards(specs)) as out, track("Merging", len(specs)) as bar:
+        missing = set(out.missing())
+        for spec in specs:
+            if spec.name in missing:
+                _write_tensor(full, tuned, plan.changes.get(spec.name), options.average, spec, out)
+            bar.advance()
+
+
+def _write_tensor(
+    full: Checkpoint,
+    tuned: Checkpoint,
+    change: Change | None,
+    average: float | None,
+    spec: TensorSpec,
+    out: ShardedWriter,
+) -> None:
+    if change is None and full.info(spec.name).dtype == spec.dtype:
+        out.write_bytes(spec.name, full.pieces(spec.name))
+        return
+    dtype = _torch_dtype(spec.dtype)
+    value = full.read(spec.name).to(dtype)
+    if change is not None:
+        new = tuned.read(change.source, change.rows).to(dtype)
+        value = _merged(value, new, change, average)
+    out.write(spec.name, value)
+
+
+def _merged(old: torch.Tensor, new: torch.Tensor, change: Change, average: float | None) -> torch.Tensor:
+    if change.targets is None:
+        return _blended(old, new, average)
+    rows = list(change.targets)
+    old[rows] = _blended(old[rows], new, average)
+    return old
+
+
+def _blended(old: torch.Tensor, new: torch.Tensor, average: float | None) -> torch.Tensor:
+    """Replace, or average with at least float32 arithmetic."""
+    import torch
+
+    if average is None:
+        return new
+    exact = torch.promote_types(old.dtype, torch.float32)
+    return ((1 - average) * old.to(exact) + average * new.to(exact)).to(old.dtype)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPES[name][1])
+    return dtype
+
+
+def _finetuned_checkpoint(child: Path) -> tuple[Path, Path]:
+    """The checkpoint that `child` means, and the file that says which experts it kept."""
+    run = RunPaths(child)
+    steps = run.checkpoint_steps()
+    source = run.checkpoint(steps[-1]) if steps else child
+    if (source / "adapter_config.json").exists() and not (source / "config.json").exists():
+        raise CheckpointError(f"{source} is an adapter; finetune with --lora-merge to get a checkpoint.")
+    candidates = [source / METADATA, child / METADATA, run.selected_model / METADATA]
+    metadata = next((path for path in candidates if path.exists()), None)
+    if metadata is None:
+        raise CheckpointError(f"{child} has no {METADATA}, which says what experts it kept; give a run directory.")
+    return source, metadata
+
+
+def _record(plan: MergePlan, options: MergeOptions, sources: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "parent_model": sources["into"],
+        "pruned_trained_model": sources["child"],
+        "pruning_metadata_source": sources["metadata"],
+        "also_copy_router_rows": options.router,
+        "also_copy_shared": options.shared,
+        "also_copy_non_moe": options.rest,
+        "n_routable_copied": plan.counts.get("routed", 0),
+        "n_shared_copied": plan.counts.get("shared", 0),
+        "n_router_rows_copied": plan.counts.get("router", 0),
+        "n_non_moe_copied": plan.counts.get("rest", 0),
+        "merge_mode": "replace" if options.average is None else "average",
+        "average_weight": options.average,
+    }
