@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from emo_select import progress
 from emo_select.checkpoint import Checkpoint, open_checkpoint
-from emo_select.errors import UnknownNameError
+from emo_select.errors import SpecError, UnknownNameError
 from emo_select.evaluate import parallel
 from emo_select.evaluate.run import EvalOptions, Evaluator, load_engine
 from emo_select.spec import METHODS, Calibration, digest
@@ -41,6 +41,7 @@ def sweep_keep_k(
     model: str, tasks: Sequence[Task], keep_sets: Mapping[str, KeepSets], out_dir: Path, options: EvalOptions
 ) -> list[Point]:
     """Score `model` masked to `keep_sets[task name][keep-k]`; result files in `out_dir/keepk-<K>/`, and the curve."""
+    _require_own_model(options)
     with open_checkpoint(model) as checkpoint, parallel.process_group():
         engine = load_engine(model, options)
         points = [_point(checkpoint, engine, model, task, keep_set, out_dir / f"keepk-{keep_k}", options)
@@ -72,9 +73,15 @@ def evaluate_keep_set(
     options = options or EvalOptions()
     for task in tasks:
         task.require_data()
+    _require_own_model(options)
     with open_checkpoint(model) as checkpoint, parallel.process_group():
         engine = load_engine(model, options)
         return evaluate_masked(engine, checkpoint.config, model, tasks, keep_set, out_dir, options)
+
+
+def _require_own_model(options: EvalOptions) -> None:
+    if options.backend != "hf":
+        raise SpecError("Only --backend hf can route a loaded model to a keep set; prune it for vLLM.")
 
 
 def _point(checkpoint: Checkpoint, engine: SharedPrefixLM, model: str, task: Task, keep_set: KeepSet, out_dir: Path,

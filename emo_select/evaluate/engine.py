@@ -8,7 +8,6 @@ to `HFLM` itself.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +18,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 
 from emo_select import progress
-from emo_select.evaluate import parallel, support
+from emo_select.evaluate import support
+from emo_select.evaluate.answering import Answering
 from emo_select.evaluate.generation import GreedyDecoder, Stops
 from emo_select.evaluate.prefixes import Ids, ScoredInput
 from emo_select.evaluate.responses import ResponseStore, Score, Text
@@ -30,7 +30,7 @@ PROCESSORS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "su
               "min_new_tokens", "forced_bos_token_id", "begin_suppress_tokens", "sequence_bias")
 
 
-class SharedPrefixLM(HFLM):
+class SharedPrefixLM(Answering, HFLM):
     """`HFLM` that runs each distinct prefix once.
 
     `token_budget` is the number of new tokens per forward (None: chosen from free memory). `max_length` is the
@@ -57,7 +57,7 @@ class SharedPrefixLM(HFLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
         """Score every (context, continuation); responses that are on disk are not computed again."""
-        return self._answer("loglikelihood", requests, self._score, "Scoring")
+        return self.answer("loglikelihood", requests, self._score, "Scoring")
 
     def _score(self, requests: Sequence[Instance]) -> Iterator[tuple[int, Score]]:
         encoded = self.encode_pairs([request.args for request in requests])
@@ -130,7 +130,7 @@ class SharedPrefixLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Text]:
         """Continue every context; greedy requests in shared-prefix batches, others by `HFLM`."""
-        return self._answer("generate_until", requests, self._generate, "Generating")
+        return self.answer("generate_until", requests, self._generate, "Generating")
 
     def _generate(self, requests: Sequence[Instance]) -> Iterator[tuple[int, Text]]:
         groups: dict[str, list[int]] = {}
@@ -200,27 +200,6 @@ class SharedPrefixLM(HFLM):
                 yield index, Text(text, len(self.tok_encode(text, add_special_tokens=False)),
                                   prompt > self.max_length - options["max_gen_toks"])
 
-    # ---- both
-
-    def _answer(
-        self, kind: str, requests: Sequence[Instance],
-        compute: Callable[[Sequence[Instance]], Iterator[tuple[int, Any]]], title: str,
-    ) -> list[Any]:
-        keys = [self.store.key(kind, request.args) for request in requests]
-        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.store}
-        pending = list(new.items())
-        share = parallel.own_share([_name(request) for _, request in pending])
-        left = Counter(_name(pending[index][1]) for index in share)  # open requests per document
-        with progress.track(title, total=len(left)) as bar:
-            for place, response in compute([pending[index][1] for index in share]):
-                key, request = pending[share[place]]
-                self.store.add(key, response)
-                left[_name(request)] -= 1
-                bar.advance(left[_name(request)] == 0, note=f"{self.counters.total:,} tokens")
-        for part in parallel.exchanged([(key, self.store[key]) for key in (pending[index][0] for index in share)]):
-            self.store.learn(part)
-        return [self.store.response(key) for key in keys]
-
 
 def scored_input(context: Sequence[int], continuation: Sequence[int], max_length: int) -> tuple[ScoredInput, Ids]:
     """Model input of one request, cut on the left to `max_length`, and the targets at its last positions."""
@@ -249,10 +228,6 @@ def _without_trailing_space(context: str, continuation: str) -> tuple[str, str]:
     """White space at the end of a context belongs to the continuation, as in lm-eval."""
     kept = context.rstrip()
     return kept, context[len(kept) :] + continuation
-
-
-def _name(request: Instance) -> tuple[str, int]:
-    return str(request.task_name), int(request.doc_id or 0)
 
 
 class _silenced:

@@ -1,0 +1,109 @@
+"""vLLM as a backend: the same requests through lm-eval's vLLM class, and EMO as an out-of-tree model of vLLM.
+
+vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in each of its processes.
+Nothing here imports vLLM before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from emo_select.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from emo_select.evaluate.run import EvalOptions
+    from emo_select.models.config import EmoConfig
+
+ARCHITECTURES = ("EmoForCausalLM", "FlexOlmoNoQKNormPrenormForCausalLM")
+MODEL = "emo_select.evaluate.vllm_model:EmoForCausalLM"
+RENAMED = {  # disk → vLLM's OLMoE, whose layers are pre-norm too
+    ".pre_attention_layernorm.": ".input_layernorm.",
+    ".pre_feedforward_layernorm.": ".post_attention_layernorm.",
+}
+CHUNK = 1024  # requests handed to vLLM at a time; what is answered survives a kill
+
+
+def register() -> None:
+    """Make EMO known to vLLM and to transformers' Auto classes; calling it again changes nothing."""
+    from vllm import ModelRegistry
+
+    from emo_select.models import register as register_with_transformers
+
+    register_with_transformers()
+    known = ModelRegistry.get_supported_archs()
+    for name in ARCHITECTURES:
+        if name not in known:
+            ModelRegistry.register_model(name, MODEL)
+
+
+def routing_function(config: EmoConfig) -> Any:
+    """The routing of the native model in the form vLLM's fused experts call: logits in, weights and indices out."""
+    import torch
+
+    from emo_select.models.emo import EmoRouter
+
+    require_servable(config)
+    with torch.device("meta"):
+        router = EmoRouter(config, 0)  # its weights play no part: vLLM computes the logits
+
+    def route(hidden_states: Any, gating_output: Any, topk: int, renormalize: bool, **_: Any) -> tuple[Any, Any]:
+        weights, index = router.route(gating_output)
+        return weights, index.to(torch.int32)
+
+    return route
+
+
+def require_servable(config: EmoConfig) -> None:
+    """Raise `ModelError` for what vLLM's OLMoE layers cannot express."""
+    if config.num_experts_per_layer or config.always_active_experts_per_layer:
+        raise ModelError("vLLM runs EMO only with the same experts count in every layer; use --backend hf.")
+    if config.attention_bias:
+        raise ModelError("vLLM runs EMO only without attention biases; use --backend hf.")
+
+
+def load_vllm_engine(model: str, options: EvalOptions) -> Any:
+    """lm-eval's vLLM model with our bookkeeping. Raises `UsageError` where vLLM is not installed."""
+    if find_spec("vllm") is None:
+        raise UsageError("--backend vllm needs vLLM: pip install 'emo-select[vllm]', or leave the option out.")
+    from lm_eval.models.vllm_causallms import VLLM
+
+    from emo_select.checkpoint import resolve
+    from emo_select.evaluate.answering import Answering
+    from emo_select.evaluate.responses import ResponseStore, Score, Text
+    from emo_select.evaluate.scoring import Counters
+
+    class VllmLM(Answering, VLLM):
+        """Answers in chunks, so that a stopped evaluation goes on; arithmetic and batching are vLLM's."""
+
+        stock_reason = "vLLM"
+        token_budget = None
+
+        def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
+            return self.answer("loglikelihood", requests, self._score, "Scoring")
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
+            return self.answer("generate_until", requests, self._generate, "Generating")
+
+        def _score(self, requests: Sequence[Any]) -> Iterator[tuple[int, Score]]:
+            for start, chunk in _chunks(requests):
+                scores = super().loglikelihood(chunk, disable_tqdm=True)
+                for index, (request, (total, greedy)) in enumerate(zip(chunk, scores, strict=True), start):
+                    context, rest = self._encode_pair(*request.args)
+                    yield index, Score(total, greedy, len(rest), len(context) + len(rest))
+
+        def _generate(self, requests: Sequence[Any]) -> Iterator[tuple[int, Text]]:
+            for start, chunk in _chunks(requests):
+                for index, text in enumerate(super().generate_until(chunk, disable_tqdm=True), start):
+                    yield index, Text(text, len(self.tok_encode(text)))
+
+    engine = VllmLM(pretrained=str(resolve(model)), dtype=options.precision, max_length=options.max_length,
+                    add_bos_token=options.add_bos_token, trust_remote_code=options.trust_remote_code)
+    engine.store, engine.counters = ResponseStore(None, ""), Counters()
+    return engine
+
+
+def _chunks(requests: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
+    for start in range(0, len(requests), CHUNK):
+        yield start, list(requests[start : start + CHUNK])
