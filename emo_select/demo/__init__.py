@@ -8,7 +8,7 @@ from pathlib import Path
 from emo_select.errors import UnknownNameError
 
 DEMO_MODELS = ("emo", "stdmoe")
-DEMO_TASKS = ("demo_harbor", "demo_kitchen")  # what `make demo` runs: one by choice, one by generation
+DEMO_TASKS = ("demo_railway", "demo_theater")  # what `make demo` runs: one by choice, one by generation
 
 
 def demo_path(name: str) -> Path:
