@@ -1,30 +1,27 @@
-"""Tasks of the installed lm-eval by name: its prompts, shots, splits and metrics, our data look-up.
+"""Tasks of the installed lm-eval: its prompts, shots, splits and metrics, our data look-up.
 
-`lm-eval:NAME` finds a task file by its text instead of indexing all 14,000 (which takes lm-eval 6 to 10 s); groups
-are read from their own folder, and only tags need the whole index. lm_eval is imported when a task's data is read.
+lm_eval is imported when a task is looked for, and a task is built, which reads its data, when it is first used.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from emo_select.errors import DataMissingError, EmoSelectError, TaskError, UnknownNameError
-from emo_select.progress import say
+from emo_select.errors import DataMissingError, EmoSelectError, TaskError
 from emo_select.tasks.base import Doc, Example, Request, Row, SplitRule, Task
+from emo_select.tasks.lmeval_index import Leaf, find_leaves
 from emo_select.tasks.metrics import mean, standard_error
 from emo_select.tasks.sources import HubRows
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
-    from lm_eval.tasks._index import Entry
 
-    Index = dict[str, Entry]
+    from emo_select.tasks.lmeval_index import Index
 
 SHOTS_SEED = 1234  # the seed that lm-eval's own command gives its few-shot sampler
 PREFERRED = ("acc_norm", "acc", "exact_match", "f1")  # which metric of several is the primary one
@@ -32,138 +29,10 @@ DEFAULT_METRICS = {"multiple_choice": ["acc", "acc_norm"], "loglikelihood": ["ac
 PACKAGED = ("json", "csv", "parquet", "text", "arrow")  # dataset paths that are file formats, not data sets
 
 
-# ---- finding a task
-
-
 def load_lm_eval(name: str, data_dir: Path | None) -> list[Task]:
     """The tasks of a name of lm-eval: a task, a group, a tag, or `GROUP.TASK` for a task as its group sets it."""
-    group, _, member = name.partition(".")
-    try:
-        index = _index(name)
-    except UnknownNameError:
-        if not member:
-            raise
-        index, name = _index(group), group
-    leaves = list(_leaves(name, index, {}, name))
-    found = [_make(leaf, index, data_dir) for leaf in leaves]
-    return [task for task in found if not member or name != group or task.name == f"lm-eval-{group}.{member}"]
-
-
-@lru_cache(maxsize=8)
-def _index(name: str) -> Index:
-    """An index of lm-eval's that holds `name` and its members."""
-    from lm_eval.tasks._index import TaskIndex
-
-    root = _root()
-    file = _file_of(root, name)
-    if file is not None:
-        for folder in (file.parent, root / file.relative_to(root).parts[0]):
-            index: Index = TaskIndex.build([folder])
-            if name in index and not _absent_members(name, index):
-                return index
-    say("Reading all task files of lm-eval, which takes a while …")
-    index = TaskIndex.build([root])
-    if name not in index:
-        raise UnknownNameError("task of lm-eval", name, index)
-    return index
-
-
-def _root() -> Path:
-    import importlib.util
-
-    found = importlib.util.find_spec("lm_eval")
-    if found is None or found.origin is None:
-        raise TaskError("lm-eval is not installed; `pip install lm-eval` brings its tasks.")
-    return Path(found.origin).parent / "tasks"
-
-
-_NAMED = re.compile(rb"^['\"]?(?:task|group)['\"]?\s*:\s*['\"]?([^\s'\"]+)['\"]?\s*$", re.MULTILINE)
-
-
-def _file_of(root: Path, name: str) -> Path | None:
-    """The file that names itself `name`, or None if some file mentions it (a tag). Raises `UnknownNameError`."""
-    wanted, names, mentioned = name.encode(), set(), False
-    for file in _files(root, name.split("_")[0]):
-        content = file.read_bytes()
-        found = _NAMED.findall(content)
-        if wanted in found:
-            return file
-        names.update(found)
-        mentioned = mentioned or wanted in content
-    if not mentioned:
-        raise UnknownNameError("task of lm-eval", name, [one.decode(errors="replace") for one in names])
-    return None
-
-
-def _files(root: Path, first: str) -> Iterator[Path]:
-    """All task files; those in folders with a similar name come first."""
-    for folder in sorted(root.iterdir(), key=lambda folder: (not folder.name.startswith(first), folder.name)):
-        yield from sorted(folder.rglob("*.yaml"))
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A task of lm-eval: its settings as far as files say, and what a group changes (`inline`: has no own file)."""
-
-    name: str
-    config: Mapping[str, Any]
-    overrides: Mapping[str, Any]
-    inline: bool = False
-
-
-def _leaves(name: str, index: Index, overrides: Mapping[str, Any], top: str) -> Iterator[Leaf]:
-    """All tasks under a name, depth first."""
-    entry = index[name]
-    kind = entry.kind.name
-    if kind == "TAG":
-        for member in sorted(entry.tags):
-            yield from _leaves(member, index, overrides, top)
-    elif kind == "GROUP":
-        config = entry.cfg or {}
-        inherited = {key: value for key, value in config.items() if key not in _group_keys()}
-        for item in _members(config):
-            yield from _member_leaves(item, index, {**inherited, **overrides}, top)
-    else:
-        shown = f"{top}.{name}" if overrides else name
-        yield Leaf(shown, {**(entry.cfg or {}), **overrides}, overrides)
-
-
-def _member_leaves(item: Any, index: Index, overrides: Mapping[str, Any], top: str) -> Iterator[Leaf]:
-    if isinstance(item, str):
-        yield from _leaves(item, index, overrides, top)
-    elif "group" in item and item["group"] not in index:
-        for inner in _members(item):
-            yield from _member_leaves(inner, index, overrides, top)
-    elif "group" not in item and "task" not in item:
-        raise TaskError(f"The group {top} of lm-eval has a member without a name, which lm-eval cannot load either.")
-    else:
-        name = item.get("group") or item["task"]
-        changed = {**overrides, **{key: value for key, value in item.items() if key not in ("group", "task")}}
-        if name in index:
-            yield from _leaves(name, index, changed, top)
-        else:
-            yield Leaf(f"{top}.{name}", {**changed, "task": name}, changed, inline=True)
-
-
-def _members(config: Mapping[str, Any]) -> list[Any]:
-    members = config.get("task") or []
-    return members if isinstance(members, list) else [members]
-
-
-def _group_keys() -> set[str]:
-    from lm_eval.tasks._factory import GROUP_FIELD_NAMES
-
-    return set(GROUP_FIELD_NAMES)
-
-
-def _absent_members(name: str, index: Index) -> bool:
-    try:
-        return not list(_leaves(name, index, {}, name))
-    except KeyError:
-        return True
-
-
-# ---- the task
+    leaves, index = find_leaves(name)
+    return [_make(leaf, index, data_dir) for leaf in leaves]
 
 
 def _make(leaf: Leaf, index: Index, data_dir: Path | None) -> Task:
@@ -224,13 +93,13 @@ class LmEvalTask(Task):
         from lm_eval.tasks._factory import TaskFactory
         from lm_eval.tasks._index import Entry, Kind
 
-        base = self.leaf.name.rpartition(".")[2] if self.leaf.overrides else self.leaf.name
-        if self.leaf.inline:
-            entry = Entry(name=base, kind=Kind.TASK, yaml_path=None, cfg=dict(self.leaf.config))
+        leaf = self.leaf
+        if leaf.inline:
+            entry = Entry(name=leaf.base, kind=Kind.TASK, yaml_path=None, cfg=dict(leaf.config))
         else:
-            entry = self.index[base]
+            entry = self.index[leaf.base]
         with _our_data(self):
-            return TaskFactory().build(entry, overrides=dict(self.leaf.overrides), registry=self.index)
+            return TaskFactory().build(entry, overrides=dict(leaf.overrides), registry=self.index)
 
     @property
     def dataset(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,8 +19,7 @@ def list_tasks(data_dir: str | Path | None = None) -> list[Task]:
     folder = Path(data_dir) if data_dir else None
     found: list[Task] = []
     for provider in PROVIDERS:
-        if importlib.util.find_spec(provider.rpartition(".")[0]) and importlib.util.find_spec(provider):
-            found += importlib.import_module(provider).tasks(folder)
+        found += importlib.import_module(provider).tasks(folder)
     return found
 
 
@@ -63,8 +61,6 @@ def _named(name: str, known: Sequence[Task], data_dir: Path | None) -> Sequence[
         from emo_select.tasks.lmeval import load_lm_eval
 
         return load_lm_eval(name[len(LM_EVAL_PREFIXES[0]):], data_dir)
-    if name in _user_files:
-        return [_user_task(_user_files[name], known)]
     by_name: dict[str, Sequence[Task]] = {}
     for task in known:
         by_name[task.group] = [*by_name.get(task.group, ()), task]
@@ -76,7 +72,16 @@ def _named(name: str, known: Sequence[Task], data_dir: Path | None) -> Sequence[
                 for prefix in ("mmlu_", "mmlu_merged_")}
     if name in subjects:
         return mmlu.subject_tasks((subjects[name],), data_dir)
+    if file := _file_named(name, data_dir):
+        return [_user_task(file, known)]
     raise UnknownNameError("task", name, [*by_name, *subjects])
+
+
+def _file_named(name: str, data_dir: Path | None) -> Path | None:
+    """The task file of a user task that is given by its name: one loaded before, else NAME.yaml here or in the data."""
+    folders = (Path(), *([data_dir] if data_dir else []))
+    candidates = [_user_files[name]] if name in _user_files else [folder / f"{name}.yaml" for folder in folders]
+    return next((file for file in candidates if file.is_file()), None)
 
 
 _user_files: dict[str, Path] = {}  # task files loaded by this process, so that a run finds its task by name again

@@ -70,6 +70,14 @@ def test_found_again_by_name_and_fingerprint_follows_the_data(guide: Path) -> No
     assert get_tasks(["sums"])[0].fingerprint() != task.fingerprint()
 
 
+def test_found_by_name_beside_the_data_in_another_process(guide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emo_select.tasks.registry._user_files", {})
+    assert get_tasks(["sums"], guide)[0].name == "sums"
+    monkeypatch.setattr("emo_select.tasks.registry._user_files", {})
+    monkeypatch.chdir(guide)
+    assert get_tasks(["birds"])[0].name == "birds"
+
+
 def test_check_command_shows_two_prompts(guide: Path) -> None:
     result = CliRunner().invoke(app, ["tasks", "check", str(guide / "sums.yaml")])
     assert result.exit_code == 0, result.output
