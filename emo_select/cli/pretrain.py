@@ -44,4 +44,4 @@ def pretrain(
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
-    app.command()(pretrain)
+    app.command(rich_help_panel="Look around")(pretrain)

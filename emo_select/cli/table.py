@@ -245,4 +245,4 @@ def _complain(problems: Sequence[Problem]) -> None:
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
     for command in (table, plot, report, compare):
-        app.command()(command)
+        app.command(rich_help_panel="Results")(command)
