@@ -45,6 +45,11 @@ def console() -> Console:
     return _state.console
 
 
+def interactive() -> bool:
+    """Whether somebody watches: stderr is a terminal and not to be quiet."""
+    return not _state.quiet and _state.console.is_terminal
+
+
 def say(message: str) -> None:
     """Print one line of talk to stderr, unless quiet. `message` is plain text, never markup."""
     if not _state.quiet:
@@ -91,7 +96,7 @@ class Bar:
 @contextmanager
 def track(description: str, total: float | None = None) -> Iterator[Bar]:
     """Show progress for the body: `with track("Selecting experts", total=layers) as bar: bar.advance()`."""
-    if _state.quiet or not _state.console.is_terminal:
+    if not interactive():
         yield Bar(description, total, None, None)
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),

@@ -123,6 +123,8 @@ class Execution(Frozen):
     trust_remote_code: bool = False
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     gradient_checkpointing: bool = True
+    plots: bool = False
+    """Draw pictures of what was measured, beside it."""
     master_weights: bool = True
     """Finetuning in bfloat16 keeps float32 weights and casts them for each product; False trains bfloat16 weights."""
 

@@ -55,6 +55,8 @@ def run(
     dtype: common.Dtype = "auto",
     data_dir: common.DataDir = None,
     trust_remote_code: common.TrustRemoteCode = False,
+    plots: Annotated[bool, typer.Option("--plots", help="Draw routing during finetuning.",
+                                        rich_help_panel=common.OUTPUT)] = False,
     output_dir: common.OutputDir = None,
     dry_run: common.DryRun = False,
     as_json: common.AsJson = False,
@@ -72,7 +74,7 @@ def run(
         "evaluation": {"num_shots": eval_shots, "limit": limit},
     }
     machine = {"device": device, "dtype": dtype, "micro_batch_size": micro_batch, "memory_budget": memory_budget,
-               "data_dir": data_dir, "trust_remote_code": trust_remote_code}
+               "data_dir": data_dir, "trust_remote_code": trust_remote_code, "plots": plots}
     runs = _expand(model, task, keep_k, method, settings, machine, output_dir)
     _run_all(runs, stages, force, output_dir, dry_run=dry_run, as_json=as_json)
 

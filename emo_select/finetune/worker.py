@@ -157,7 +157,8 @@ def _finish(job: Job, trainer: RecipeTrainer) -> None:
     if trainer.routing is not None and trainer.routing.snapshots:
         measured = {"layers": trainer.routing.layers, "snapshots": trainer.routing.snapshots}
         write_json(job.out / ROUTING_LOG, measured)
-        plot_routing(trainer.routing.layers, trainer.routing.snapshots, job.out / "routing.png")
+        if job.execution.plots:
+            plot_routing(trainer.routing.layers, trainer.routing.snapshots, job.out / "routing.png")
     write_json(job.folder / HISTORY, history)
 
 

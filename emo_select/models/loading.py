@@ -12,7 +12,7 @@ from emo_select.checkpoint import Checkpoint, open_checkpoint, resolve
 from emo_select.errors import CheckpointError, ModelError
 from emo_select.models.config import EmoConfig, Olmo2NoQKNormPrenormConfig
 from emo_select.models.registration import register
-from emo_select.progress import say
+from emo_select.progress import interactive, say
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +120,10 @@ def _load_weights(
     options: Mapping[str, str],
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    if not interactive():
+        disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint.directory, config=config, dtype=dtype, device_map=None if str(device) == "cpu" else device,
