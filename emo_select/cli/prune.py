@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from emo_select.cli import common
 from emo_select.cli.common import OUTPUT, RUN
+
+if TYPE_CHECKING:
+    from emo_select.experts.keepset import KeepSet
 
 
 def register(app: typer.Typer) -> None:
@@ -40,11 +43,9 @@ def prune(
     if (selection / "run.json").exists() and not (changed or dry_run):
         _prune_run(selection, force=force, as_json=as_json)
         return
-    from emo_select.checkpoint import open_checkpoint
     from emo_select.errors import SpecError
     from emo_select.experts.keepset import KeepSet
-    from emo_select.experts.prune import describe_plan, plan_prune, prune_checkpoint
-    from emo_select.progress import say
+    from emo_select.experts.prune import prune_checkpoint
 
     path = selection / "selection.json" if selection.is_dir() else selection
     keep_set = KeepSet.load(path)
@@ -54,16 +55,30 @@ def prune(
     target = out or path.parent / "selected_model"
     if target.exists() and not (force or dry_run):
         raise SpecError(f"{target} is already there; pass --force to replace it, or choose another with --out.")
-    with open_checkpoint(source) as checkpoint:
-        summary = describe_plan(checkpoint, plan_prune(checkpoint, keep_set, allow_nonuniform=allow_nonuniform))
+    summary = _planned(source, keep_set, dtype, allow_nonuniform)
     if not dry_run:
         prune_checkpoint(source, keep_set, target, dtype=dtype, max_shard_size=max_shard_size,
                          allow_nonuniform=allow_nonuniform)
+    _report(summary, target, written=not dry_run, as_json=as_json)
+
+
+def _planned(source: str, keep_set: KeepSet, dtype: str | None, allow_nonuniform: bool) -> dict[str, Any]:
+    from emo_select.checkpoint import open_checkpoint
+    from emo_select.experts.prune import describe_plan, plan_prune, stored_dtype
+
+    with open_checkpoint(source) as checkpoint:
+        plan = plan_prune(checkpoint, keep_set, dtype=stored_dtype(dtype), allow_nonuniform=allow_nonuniform)
+        return describe_plan(checkpoint, plan)
+
+
+def _report(summary: dict[str, Any], target: Path, *, written: bool, as_json: bool) -> None:
+    from emo_select.progress import say
+
     if as_json:
-        common.emit({**summary, "directory": str(target), "written": not dry_run})
-    else:
-        say(f"{'Would write' if dry_run else 'Wrote'} {target}: {summary['experts']} experts per layer of "
-            f"{summary['experts_before']}, {summary['bytes'] / 1e9:.2f} GB of {summary['bytes_before'] / 1e9:.2f} GB.")
+        common.emit({**summary, "directory": str(target), "written": written})
+        return
+    say(f"{'Wrote' if written else 'Would write'} {target}: {summary['experts']} experts per layer of "
+        f"{summary['experts_before']}, {summary['bytes'] / 1e9:.2f} GB of {summary['bytes_before'] / 1e9:.2f} GB.")
 
 
 def _prune_run(directory: Path, *, force: bool, as_json: bool) -> None:

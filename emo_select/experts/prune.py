@@ -94,7 +94,7 @@ def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dt
     with open_checkpoint(source) as checkpoint:
         if keep_set.fingerprint not in (None, checkpoint.fingerprint):
             say(f"The selection was made on other weights or another config than {source} has now.")
-        target = _safetensors_dtype(dtype)
+        target = stored_dtype(dtype)
         plan = plan_prune(checkpoint, keep_set, dtype=target, allow_nonuniform=allow_nonuniform)
         limit = parse_size(max_shard_size)
         linkable = not (dtype or limit) and _keeps_everything(checkpoint, plan)
@@ -236,7 +236,8 @@ def parse_size(size: str | int | None) -> int | None:
     return parsed
 
 
-def _safetensors_dtype(dtype: str | None) -> str | None:
+def stored_dtype(dtype: str | None) -> str | None:
+    """Safetensors name of a floating-point dtype given as in torch ("bfloat16" → "BF16"); None stays None."""
     if dtype is None:
         return None
     name = SAFETENSORS_DTYPE.get(dtype)

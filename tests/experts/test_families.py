@@ -246,6 +246,10 @@ def test_unsupported_weights_are_refused(changes: dict[str, Any], says: str) -> 
         family_of({"model_type": "deepseek_v3", **changes})
 
 
+def test_early_copies_of_emo_are_emo() -> None:
+    assert family_of({"model_type": "flex_olmo_noqknorm_prenorm"}) is family_of({"model_type": "emo"})
+
+
 def test_dense_and_unknown_models_are_refused() -> None:
     with pytest.raises(ModelError, match="skips selection"):
         family_of({"model_type": "olmo2_noqknorm_prenorm"})

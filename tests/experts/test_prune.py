@@ -407,6 +407,8 @@ def test_command(command: typer.Typer, source: Path, some: KeepSet, tmp_path: Pa
     done = json.loads(run.invoke(command, line, catch_exceptions=False).stdout)
     assert dry == {**done, "written": False} and done["experts"] == 6 and done["experts_before"] == 16
     assert done["bytes"] == open_checkpoint(tmp_path / "run" / "selected_model").total_bytes
+    half = json.loads(run.invoke(command, [*line, "--dry-run", "--dtype", "float16"], catch_exceptions=False).stdout)
+    assert half["bytes"] * 2 == done["bytes"]
     with pytest.raises(EmoSelectError, match="--force"):
         run.invoke(command, line, catch_exceptions=False)
     run.invoke(command, [*line, "--force", "--out", str(tmp_path / "else")], catch_exceptions=False)
@@ -419,3 +421,19 @@ def test_command_names_what_is_missing(command: typer.Typer, tmp_path: Path, som
     some.model_copy(update={"model": None}).save(tmp_path / "selection.json")
     with pytest.raises(SpecError, match="--model"):
         CliRunner().invoke(command, ["prune", str(tmp_path)], catch_exceptions=False)
+
+
+def test_a_hub_model_in_the_cache(source: Path, some: KeepSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "hub" / "models--some--model"
+    snapshot = repository / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    shutil.copytree(source, repository / "blobs")
+    for blob in (repository / "blobs").iterdir():  # the Hub's cache holds links
+        (snapshot / blob.name).symlink_to(blob)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert open_checkpoint("some/model").fingerprint == open_checkpoint(source).fingerprint
+    prune_checkpoint("some/model", keep_everything(open_checkpoint(source).config), tmp_path / "linked")
+    shard = tmp_path / "linked" / "model-00001-of-00004.safetensors"
+    assert not shard.is_symlink() and shard.samefile(repository / "blobs" / shard.name)
