@@ -1,0 +1,100 @@
+"""The commands `finetune` and `merge-back`, on a shipped-size model with a real tokenizer and own data."""
+
+import json
+import shutil
+
+import pytest
+from finetune_cases import GOLDEN
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from emo_select.cli.app import app
+from emo_select.errors import EmoSelectError
+
+CASE = "moe_shared1_k8"
+WORDS = ["<eos>", "<pad>", "a", "b", "c", "d"]
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The golden start checkpoint with a tokenizer of single letters and its pruning metadata."""
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / CASE / "model", folder)
+    shutil.copy(GOLDEN / CASE / "merge" / "child_pruning_metadata.json", folder / "pruning_metadata.json")
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    rows = [{"prompt": "ab" * (1 + index % 3), "completion": "cd"} for index in range(8)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "own.jsonl"
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["--quiet", *map(str, arguments)], catch_exceptions=True)
+
+
+def options(model, own_data, out):
+    return ["finetune", "--model", model, "--train-file", own_data, "--out", out, "--device", "cpu", "--batch-size", 4,
+            "--micro-batch-size", 2, "--lr", "1e-2"]  # fmt: skip
+
+
+def test_own_data_then_merge_back(model, own_data, tmp_path):
+    out = tmp_path / "tuned"
+    result = invoke(*options(model, own_data, out), "--checkpoints", 2, "--freeze", "routed", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["checkpoints"] == [0, 1, 2] and report["examples"] == 8 and len(report["history"]) == 2
+    assert (out / "routing.json").exists() and (out / "checkpoint-2" / "tokenizer.json").exists()
+    snapshots = json.loads((out / "routing.json").read_text())["snapshots"]
+    assert [snapshot["step"] for snapshot in snapshots] == [1, 2]
+    assert all(sum(load) == pytest.approx(1, abs=1e-5) for load in snapshots[0]["load"])
+    parent = GOLDEN.parent / "models" / "emo_shared1"
+    result = invoke("merge-back", out / "checkpoint-2", "--into", parent, "--out", tmp_path / "merged", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["n_routable_copied"] == 28
+    again = invoke("merge-back", out, "--into", parent, "--out", tmp_path / "merged")
+    assert isinstance(again.exception, EmoSelectError)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--batch-size", 5], "do not divide the 5 examples"),
+        (["--gpus", 3, "--batch-size", 4], "does not divide by 3 processes"),
+        (["--freeze", "everything"], "freeze"),
+        (["--lora", "--lora-target", "q_prj"], "did you mean 'q_proj'"),
+        (["--lora", "--freeze", "routed"], "leave out --freeze or --lora"),
+        (["--max-length", 2], "raise --max-length"),
+        (["--task", "arc_easy"], "one of --task and --train-file"),
+        (["--dtype", "float16"], "overflows"),
+        (["--device", "cuda"], "GPUs were asked for"),
+    ],
+)
+def test_mistakes_are_one_sentence_before_the_model_is_loaded(changes, message, model, own_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("emo_select.models.loading.load_model", lambda *_, **__: pytest.fail("loaded"))
+    result = invoke(*options(model, own_data, tmp_path / "out"), *changes)
+    assert isinstance(result.exception, EmoSelectError), result.output
+    assert message in str(result.exception) and "\n" not in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_of_another_model_are_not_overwritten(model, own_data, tmp_path):
+    shutil.copytree(GOLDEN / "dense" / "model", tmp_path / "out" / "checkpoint-3")
+    result = invoke(*options(model, own_data, tmp_path / "out"))
+    assert "checkpoints of another model" in str(result.exception)
+    assert invoke(*options(model, own_data, tmp_path / "out"), "--force").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-2"]
+
+
+def test_a_training_that_diverges_names_step_and_last_good_checkpoint(model, own_data, tmp_path):
+    result = invoke(*options(model, own_data, tmp_path / "out"), "--loss-limit", 0.001, "--checkpoints", 2)
+    message = str(result.exception)
+    assert "diverged at step 1" in message and message.count("checkpoint-0") == 1
+    assert not (tmp_path / "out" / "training.json").exists()
