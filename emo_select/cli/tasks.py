@@ -65,6 +65,7 @@ def _print_columns(rows: Sequence[dict[str, Any]]) -> None:
 @app.command()
 def check(
     file: Annotated[Path, typer.Argument(help="A task file (YAML); docs/tasks.md explains its keys.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Also count tokens, with its tokenizer.")] = None,
 ) -> None:
     """Check a task file and all its rows, and show two rendered prompts."""
     from emo_select.tasks import get_tasks
@@ -73,12 +74,28 @@ def check(
     for split in task.rule.present():
         docs = task.docs(split)
         typer.echo(f"{split}: {len(docs)} documents")
-        for remark, positions in task.remarks(docs).items():
+        for remark, positions in {**task.remarks(docs), **(_lengths(task, split, model) if model else {})}.items():
             some = ", ".join(str(position + 1) for position in positions[:5]) + (", …" if positions[5:] else "")
             typer.echo(f"  {remark.replace('_', ' ')}: {len(positions)} (number {some})")
     for number, example in enumerate(task.examples("test", limit=SHOWN), 1):
         typer.echo(f"\n--- prompt {number}, and the answer after the mark ▸")
         typer.echo(f"{example.prompt[-LAST_CHARACTERS:]}▸{example.answer}")
+
+
+def _lengths(task: Task, split: str, model: str) -> dict[str, list[int]]:
+    """Documents whose prompt and gold answer exceed the evaluation's context, or whose answer adds no token."""
+    from emo_select.models import load_tokenizer
+    from emo_select.spec import Evaluation
+
+    limit, tokenizer = Evaluation().max_length, load_tokenizer(model)
+    found: dict[str, list[int]] = {}
+    for position, example in enumerate(task.examples(split)):
+        prompt, whole = (len(tokenizer(text).input_ids) for text in (example.prompt, example.text))
+        if whole > limit:
+            found.setdefault(f"longer than {limit} tokens", []).append(position)
+        if whole <= prompt:
+            found.setdefault("answer without tokens", []).append(position)
+    return found
 
 
 def fetch(

@@ -251,7 +251,7 @@ def read_definition(path: Path) -> TaskFile:
     import yaml
 
     try:
-        plain = yaml.safe_load(path.read_bytes().decode())
+        plain = yaml.load(path.read_bytes().decode(), Loader=_strict_loader())
     except FileNotFoundError as error:
         raise TaskError(f"There is no task file {path}.") from error
     except UnicodeDecodeError as error:
@@ -264,6 +264,20 @@ def read_definition(path: Path) -> TaskFile:
         return checked(TaskFile, plain)
     except SpecError as error:
         raise TaskError(f"{path}: {error}") from error
+
+
+def _strict_loader() -> Any:
+    """YAML's safe loader, but a key that is given twice is an error."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            for twice in {key for key in keys if keys.count(key) > 1}:
+                raise yaml.YAMLError(f"the key {twice!r} is given twice")
+            return super().construct_mapping(node, deep)
+
+    return Strict
 
 
 def _build(definition: TaskFile, source: FileRows) -> Task:

@@ -86,6 +86,14 @@ def test_check_command_shows_two_prompts(guide: Path) -> None:
     assert result.stdout.count("--- prompt") == 2
 
 
+def test_check_with_a_model_counts_long_prompts_and_answers_without_tokens(tmp_path: Path, shared_dir: Path) -> None:
+    load(tmp_path, CHOICE, [ROW, {**ROW, "q": "long " * 3000}, {**ROW, "options": ["", "4"]}])
+    model = shared_dir / "golden/tasks/e2e/random/model"
+    result = CliRunner().invoke(app, ["tasks", "check", str(tmp_path / "mine.yaml"), "--model", str(model)])
+    assert result.exit_code == 0, result.output
+    assert "longer than 2048 tokens: 1 (number 2)" in result.stdout
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -167,6 +175,9 @@ def test_forms_of_gold(form: str, tmp_path: Path) -> None:
 def test_not_yaml_and_no_file(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("a: [")
     with pytest.raises(TaskError, match="not valid YAML"):
+        get_tasks([str(tmp_path / "a.yaml")])
+    (tmp_path / "a.yaml").write_text("name: a\nname: b\n")
+    with pytest.raises(TaskError, match="'name' is given twice"):
         get_tasks([str(tmp_path / "a.yaml")])
     (tmp_path / "a.yaml").write_bytes(b"name: \xff")
     with pytest.raises(TaskError, match="not UTF-8"):
