@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from emo_select.errors import KeepKError, SpecError, UnknownNameError
 
 METHODS = ("layerwise", "easy_ep", "random", "global", "frequency", "gate_mass", "ean", "reap")
-FREEZE_MODES = ("none", "routed", "routed_shared", "routed_shared_router")
+SCORES = ("router_probability", "frequency", "gate_mass", "easy_ep", "ean", "reap")
 
 _NAME = re.compile(
     r"(?P<task>.+)_keepk_(?P<keep_k>\d+)_bs-(?P<batch>\d+)_lr-(?P<lr>[^_]+)_epoch-(?P<epochs>[^_]+)"
@@ -152,6 +152,13 @@ class RunSpec(Frozen):
     def _known_method(cls, value: str) -> str:
         if value not in METHODS:
             raise UnknownNameError("method", value, METHODS)
+        return value
+
+    @field_validator("score")
+    @classmethod
+    def _known_score(cls, value: str) -> str:
+        if value not in SCORES:
+            raise UnknownNameError("score", value, SCORES)
         return value
 
     @classmethod

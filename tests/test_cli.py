@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "transformers", "lm_eval", "pandas", "datasets", "pydantic", "matplotlib", "submitit")
+HEAVY = ("torch", "transformers", "lm_eval", "pandas", "datasets", "matplotlib", "submitit", "numpy")
 PROGRAM = Path(sys.executable).with_name("emo-select")
 
 

@@ -41,6 +41,7 @@ def expand(wanted: Wanted, tree: Tree, execution: Execution) -> list[Run]:
     for name in ("models", "tasks", "keep_ks", "methods"):
         if not getattr(wanted, name):
             raise SpecError(f"Nothing to run: give at least one --{name.rstrip('s').replace('_', '-')}.")
+    _check_device(execution)
     tasks = get_tasks(wanted.tasks, data_dir=execution.data_dir)
     runs: list[Run] = []
     for model in dict.fromkeys(wanted.models):
@@ -49,6 +50,13 @@ def expand(wanted: Wanted, tree: Tree, execution: Execution) -> list[Run]:
         for task in tasks:
             runs += [_bind(_spec(model, task, choice, wanted), tree, execution, source, task) for choice in choices]
     return runs
+
+
+def _check_device(execution: Execution) -> None:
+    if execution.device not in ("auto", "cpu"):  # torch is asked only about a device that may not be there
+        from emo_select.experts import StreamOptions
+
+        StreamOptions(device=execution.device).torch_device()
 
 
 @dataclass(frozen=True)

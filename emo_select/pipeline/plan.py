@@ -45,7 +45,7 @@ def plan(run: Run, stages: Sequence[str] = STAGES, force: Sequence[str] = ()) ->
     for name in (*stages, *force):
         if name not in STAGES:
             raise UnknownNameError("stage", name, STAGES)
-    states = _states(run, force)
+    states = _states(run, stages, force)
     decided: dict[str, Step] = {}
     for stage in reversed(STAGES):
         decided[stage] = _decide(run, stage, states[stage], decided, stages)
@@ -64,12 +64,16 @@ def downstream(stage: str) -> set[str]:
     return {later for direct in CONSUMERS[stage] for later in (direct, *downstream(direct))}
 
 
-def _states(run: Run, force: Sequence[str]) -> dict[str, tuple[State, str]]:
+def _states(run: Run, stages: Sequence[str], force: Sequence[str]) -> dict[str, tuple[State, str]]:
+    """What each stage's record is worth. Behind a stage that will be done anew nothing is."""
     done = record.load(run.paths)
     states = {stage: _state(run, done, stage) for stage in STAGES}
-    for stage in force:
-        states |= dict.fromkeys(downstream(stage), (State.STALE, f"{stage} is forced"))
-    return states | dict.fromkeys(force, (State.STALE, "forced"))
+    states |= dict.fromkeys(force, (State.STALE, "forced"))
+    for stage in stages:
+        if states[stage][0] in (State.STALE, State.MISSING) and not _not_applicable(run, stage):
+            states |= {later: (State.STALE, f"{stage} is done anew") for later in downstream(stage)
+                       if states[later][0] in (State.DONE, State.GONE)}
+    return states
 
 
 def _state(run: Run, done: RunRecord | None, stage: str) -> tuple[State, str]:
