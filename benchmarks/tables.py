@@ -37,7 +37,8 @@ import sys
 from emo_select.tables import load_layout, load_tree, make, render
 records = load_tree(sys.argv[1])
 tables, problems = make(sys.argv[2], records, load_layout(), rows="found")
-result = {"runs": len(records.runs), "rows": sum(len(t.rows) for t in tables), "text": sum(len(render(t, "csv")) for t in tables)}
+written = [render(one, "csv") for one in tables]
+result = {"runs": len(records.runs), "rows": sum(len(one.rows) for one in tables)}
 """
 REPORT = """
 import sys
@@ -103,7 +104,7 @@ def metrics(spec: RunSpec, draw: random.Random) -> dict[str, Any]:
              "f1", "recall", "sum_logits_corr", "logits_per_char_corr", "bits_per_byte_corr", "primary_score")
     values = {name: draw.random() for name in names}
     return {"task_name": f"{spec.task}:rc_test", "task_config": {"primary_metric": "acc_raw", "filler": "x" * 1500},
-            "num_instances": 1000, "metrics": values, "standard_errors": {name: 0.01 for name in names}}
+            "num_instances": 1000, "metrics": values, "standard_errors": dict.fromkeys(names, 0.01)}
 
 
 def measure_browser(path: Path) -> dict[str, float]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from pydantic_core import from_json
+
 from emo_select.tree import write_bytes
 
 FORMAT = 1  # raise when the parsed content changes its shape
@@ -36,20 +38,23 @@ class FileCache:
         file = home / "emo-select" / f"tables-{name}.json"
         return cls(root, file, _stored(file))
 
-    def read(self, path: Path, parse: Callable[[bytes], dict[str, Any]]) -> dict[str, Any] | None:
-        """`parse` of the file's bytes, or None where there is no file; unchanged files are not opened."""
+    def read(self, name: str, parse: Callable[[bytes], dict[str, Any]]) -> dict[str, Any] | None:
+        """`parse` of the bytes of the file `name` below the root, or None where there is none.
+
+        Unchanged files are not opened.
+        """
+        path = f"{self.root}/{name}"
         try:
-            found = path.stat()
-        except OSError:
+            found = os.stat(path)  # noqa: PTH116 - a Path per file is what a large tree would wait for
+            mark = [found.st_size, found.st_mtime_ns]
+            kept = self.old.get(name)
+            if kept is None or kept[0] != mark:
+                kept = [mark, parse(Path(path).read_bytes())]
+        except FileNotFoundError:
             return None
-        key, mark = str(path.relative_to(self.root)), [found.st_size, found.st_mtime_ns]
-        kept = self.old.get(key)
-        if kept is None or kept[0] != mark:
-            try:
-                kept = [mark, parse(path.read_bytes())]
-            except OSError as error:
-                return {"error": f"It cannot be read ({error.strerror})."}
-        self.new[key] = kept
+        except OSError as error:
+            return {"error": f"It cannot be read ({error.strerror})."}
+        self.new[name] = kept
         content: dict[str, Any] = kept[1]
         return content
 
@@ -66,7 +71,7 @@ class FileCache:
 
 def _stored(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
+        content = from_json(file.read_bytes())
         files = content["files"] if content["format"] == FORMAT else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

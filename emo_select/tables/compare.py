@@ -18,7 +18,7 @@ from emo_select.spec import model_directory
 from emo_select.tables.layout import Layout
 from emo_select.tables.predictions import Prediction, predictions_file, read_predictions
 from emo_select.tables.read import Problem, Records, Result, Run, load_tree
-from emo_select.tables.selection import kept_experts
+from emo_select.tables.selection import keep_set_of
 from emo_select.tables.write import Cell, Table
 from emo_select.tree import RunPaths
 
@@ -148,10 +148,10 @@ def side(name: str, root: str | None) -> Side:
 
 def keep_set_overlap(a: Path, b: Path) -> float | None:
     """Mean Jaccard index over MoE layers of two runs' keep sets; None where one has none or the layers differ."""
-    one, other = kept_experts(a), kept_experts(b)
-    if one is None or other is None or len(one) != len(other):
+    one, other = keep_set_of(a), keep_set_of(b)
+    if one is None or other is None or len(one.kept) != len(other.kept):
         return None
-    pairs = [(set(x), set(y)) for x, y in zip(one, other, strict=True) if x and y]
+    pairs = [(set(x), set(y)) for x, y in zip(one.kept, other.kept, strict=True) if x and y]
     return sum(len(x & y) / len(x | y) for x, y in pairs) / len(pairs) if pairs else None
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from emo_select.errors import CheckpointError
 from emo_select.tables.predictions import Prediction, changed, predictions_file, read_predictions
-from emo_select.tables.read import Records, Run, Setting
-from emo_select.tables.selection import experts_in_selection, kept_experts
-from emo_select.tree import RunPaths, read_json
+from emo_select.tables.read import Records, Result, Run, Setting
+from emo_select.tables.selection import as_bits, keep_set_of
+from emo_select.tree import RunPaths
 
-LOSS_POINTS = 200
+LOSS_POINTS = 100
 ANSWER_LENGTH = 160  # characters
 
 
@@ -36,17 +38,16 @@ class Details:
             "keep": self._keep(run, paths),
             "losses": thinned(_losses(record), LOSS_POINTS),
             "stages": _stages(record),
-            "metrics": {step: result.metrics for step, result in sorted(run.results.items()) if result},
+            "metrics": {step: _rounded(result) for step, result in sorted(run.results.items()) if result},
             "changed": self._changed(run),
         }
 
     def _keep(self, run: Run, paths: RunPaths) -> dict[str, Any] | None:
-        layers = kept_experts(paths.directory)
-        if layers is None:
+        keep_set = keep_set_of(paths.directory)
+        if keep_set is None:
             return None
-        highest = max((kept[-1] + 1 for kept in layers if kept), default=0)
-        total = max(self._experts.get(run.setting.model) or experts_in_selection(paths.directory) or 0, highest)
-        return {"total": total, "layers": [None if kept is None else as_bits(kept, total) for kept in layers]}
+        total = max(self._experts.get(run.setting.model) or 0, keep_set.experts)
+        return {"total": total, "layers": [None if kept is None else as_bits(kept, total) for kept in keep_set.kept]}
 
     def _changed(self, run: Run) -> list[list[Any]]:
         """Documents whose score differs between the full model and this one, both before finetuning."""
@@ -67,13 +68,6 @@ class Details:
         return predictions_file(RunPaths(self._root / run.directory).result(0))
 
 
-def as_bits(kept: Sequence[int], total: int) -> str:
-    """Kept indices as hexadecimal digits, expert 0 in the highest bit of the first digit."""
-    width = -(-total // 4)
-    number = sum(1 << (4 * width - 1 - index) for index in kept)
-    return f"{number:0{width}x}"
-
-
 def thinned(points: list[Any], limit: int) -> list[Any]:
     """At most `limit` evenly spaced points, first and last among them."""
     if len(points) <= limit:
@@ -83,10 +77,15 @@ def thinned(points: list[Any], limit: int) -> list[Any]:
 
 def _record(path: Path) -> dict[str, Any]:
     try:
-        content = read_json(path)
-    except CheckpointError:
-        return {}
+        content = from_json(path.read_bytes())
+    except (OSError, ValueError):
+        return {}  # reading the tree has named it as a problem
     return content if isinstance(content, dict) else {}
+
+
+def _rounded(result: Result) -> dict[str, float | None]:
+    """Six significant digits, which is what the page shows and half the size; JSON has no NaN."""
+    return {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in result.metrics.items()}
 
 
 def _named(setting: Setting, run: Run) -> dict[str, Any]:
@@ -99,8 +98,9 @@ def _losses(record: dict[str, Any]) -> list[list[float]]:
     """[step, loss] per logged step of the finetuning."""
     try:
         history = record["stages"]["finetune"]["notes"]["history"]
-        return [[entry.get("step", i + 1), entry["loss"]] for i, entry in enumerate(history) if "loss" in entry]
-    except (KeyError, TypeError, AttributeError):
+        curve = [(entry.get("step", i + 1), entry["loss"]) for i, entry in enumerate(history) if "loss" in entry]
+        return [[step, float(f"{loss:.4g}")] for step, loss in curve if math.isfinite(loss)]
+    except (KeyError, TypeError, ValueError, AttributeError):
         return []
 
 

@@ -9,19 +9,23 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from emo_select.errors import SpecError, UsageError
+from pydantic_core import from_json  # several times faster than json.loads, and accepts NaN as well
+
+from emo_select.errors import SpecError, UnknownNameError, UsageError
 from emo_select.spec import RunName, RunSpec, parse_directory_name
 from emo_select.tables.cache import FileCache
-from emo_select.tree import RunPaths, Tree, numbered_checkpoints
+from emo_select.tree import RunPaths, Tree
 
 # The published scripts spell a seed into the middle of the shots part; read it as what was meant.
 _ODD_SEED = re.compile(r"_(pshots|eshots)_pseed-(\d+)-(\d+)")
 _NOT_RUNS = ("activations", "evaluations")
+RECORD, RESULTS = RunPaths(Path()).record.name, RunPaths(Path()).results.name
+_CHECKPOINT = re.compile(RunPaths(Path()).result(0).name.replace("0", r"(\d+)"))
 _HEADLINES = ("primary_score", "acc_raw", "acc_per_char", "exact_match", "f1", "recall")
 
 
@@ -92,7 +96,7 @@ class Run:
     results: dict[int, Result | None]
     """First and last checkpoint step -> metrics; None where the metrics cannot be had."""
     record: dict[str, Any] = field(default_factory=dict)
-    """run.json without its notes, where there is one; outputs only as `weight_bytes`."""
+    """Of run.json, where there is one: model, selects, seed, variant; of each stage time, memory and weight bytes."""
     odd_name: bool = False
 
     @property
@@ -148,7 +152,7 @@ class Records:
     @property
     def models(self) -> dict[str, str]:
         """Model folder -> the model's id, where a run's record says it."""
-        found = {run.setting.model: (run.record.get("spec") or {}).get("model") for run in self.runs}
+        found = {run.setting.model: run.record.get("model") for run in self.runs}
         return {folder: str(name) for folder, name in found.items() if name}
 
 
@@ -188,63 +192,64 @@ def _without_doubles(runs: list[Run]) -> list[Run]:
 
 @dataclass
 class _Reader:
+    """Works with names below the root: a Path object per file is what a large tree would wait for."""
+
     root: Path
     cache: FileCache
     problems: list[Problem] = field(default_factory=list)
 
     def run(self, model: str, name: str) -> Run | None:
-        paths = RunPaths(self.root / model / name)
+        directory = f"{model}/{name}"
         parsed = _parse(name)
-        bare = parsed is None and paths.results.is_dir()
-        if parsed is None and not bare:
-            self.problem("not a run", paths.directory, "The folder's name is not a run name; it is left out.")
+        results = _entries(f"{self.root}/{directory}/{RESULTS}")
+        if parsed is None and results is None:
+            self.problem("not a run", directory, "The folder's name is not a run name; it is left out.")
             return None
-        record = self.record(paths.record)
+        record = self.record(f"{directory}/{RECORD}")
         setting, seed, task = _bare(model, name) if parsed is None else _named(model, parsed)
-        if parsed is not None and record:
-            setting, seed = self.recorded(paths.record, record, setting, seed)
+        if record:
+            keep_k = setting.keep_k if record["selects"] else None
+            setting, seed = replace(setting, keep_k=keep_k, variant=record["variant"]), record["seed"]
         return Run(
-            directory=f"{model}/{name}", task=task, setting=setting, seed=seed, results=self.results(paths),
-            record=record,
-            odd_name=bool(_ODD_SEED.search(name)),
+            directory=directory, task=task, setting=setting, seed=seed, record=record,
+            results=self.results(directory, results or []), odd_name=bool(_ODD_SEED.search(name)),
         )
 
-    def recorded(self, path: Path, record: dict[str, Any], setting: Setting, seed: int) -> tuple[Setting, int]:
-        """What run.json knows and the name does not say: a random draw's seed, whether the model skips selection."""
-        try:
-            spec = RunSpec.parse(record["spec"])
-        except (SpecError, KeyError, TypeError) as error:
-            self.problem("run.json", path, f"Its spec cannot be read ({error}); the folder's name is used.")
-            return setting, seed
-        unseeded = spec.model_copy(update={"calibration": spec.calibration.model_copy(update={"seed": 0})})
-        keep_k = spec.keep_k if spec.selects else None
-        return replace(setting, keep_k=keep_k, variant=unseeded.variant), spec.calibration.seed
-
-    def record(self, path: Path) -> dict[str, Any]:
-        value = self.cache.read(path, _parse_record)
+    def record(self, name: str) -> dict[str, Any]:
+        value = self.cache.read(name, _parse_record)
         if value is not None and "error" in value:
-            self.problem("run.json", path, value["error"])
+            self.problem("run.json", name, value["error"])
         return dict((value or {}).get("record", {}))
 
-    def results(self, paths: RunPaths) -> dict[int, Result | None]:
-        steps = numbered_checkpoints(paths.results)
+    def results(self, directory: str, entries: Sequence[os.DirEntry[str]]) -> dict[int, Result | None]:
+        found = [(match, entry) for entry in entries if (match := _CHECKPOINT.fullmatch(entry.name))]
+        steps = sorted(int(match[1]) for match, entry in found if entry.is_dir())
         if not steps:
-            self.problem("no results", paths.directory, "The run has no evaluated checkpoint.")
-        return {step: self.result(paths.result(step)) for step in dict.fromkeys((*steps[:1], *steps[-1:]))}
+            self.problem("no results", directory, "The run has no evaluated checkpoint.")
+        wanted = dict.fromkeys((*steps[:1], *steps[-1:]))
+        return {step: self.result(f"{directory}/{RESULTS}/checkpoint-{step}") for step in wanted}
 
-    def result(self, folder: Path) -> Result | None:
-        names = [entry.name for entry in os.scandir(folder)]
+    def result(self, folder: str) -> Result | None:
+        names = [entry.name for entry in _entries(f"{self.root}/{folder}") or ()]
         name = min((n for n in names if n.startswith("task-") and n.endswith("-metrics.json")), default=None)
         if name is None:
             self.problem("no metrics", folder, "The checkpoint has no task-*-metrics.json.")
             return None
-        value = self.cache.read(folder / name, _parse_metrics) or {"error": "It cannot be read."}
+        value = self.cache.read(f"{folder}/{name}", _parse_metrics) or {"error": "It was removed while being read."}
         for message in [value["error"]] if "error" in value else value["notes"]:
-            self.problem("metrics", folder / name, message)
+            self.problem("metrics", f"{folder}/{name}", message)
         return None if "error" in value else Result(**value["result"])
 
-    def problem(self, kind: str, path: Path, message: str) -> None:
-        self.problems.append(Problem(kind, str(path.relative_to(self.root)), message))
+    def problem(self, kind: str, where: str, message: str) -> None:
+        self.problems.append(Problem(kind, where, message))
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]] | None:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _parse(name: str) -> RunName | None:
@@ -266,22 +271,29 @@ def _bare(model: str, task: str) -> tuple[Setting, int, str]:
 
 def _parse_json(data: bytes) -> dict[str, Any]:
     try:
-        return {"value": json.loads(data)}
+        return {"value": from_json(data)}
     except ValueError as error:
         return {"error": f"It is not JSON ({error})."}
 
 
 def _parse_record(data: bytes) -> dict[str, Any]:
-    """What tables need of run.json; stage notes can hold a whole training history."""
+    """What tables need of run.json; stage notes can hold a whole training history.
+
+    It also says what the folder's name does not: whether the model skips selection, and the seed of a random draw,
+    which a name only holds as part of its variant.
+    """
     parsed = _parse_json(data)
     if "error" in parsed:
         return parsed
     content = parsed["value"]
     try:
+        spec = RunSpec.parse(content["spec"])
         stages = {name: _stage(stage) for name, stage in content["stages"].items()}
-        return {"record": {"spec": content["spec"], "stages": stages}}
-    except (KeyError, TypeError, AttributeError) as error:
-        return {"error": f"It is not a run record ({error!r})."}
+    except (SpecError, UnknownNameError, KeyError, TypeError, AttributeError) as error:
+        return {"error": f"It is not a run record ({error}); the folder's name is used."}
+    unseeded = spec.model_copy(update={"calibration": spec.calibration.model_copy(update={"seed": 0})})
+    return {"record": {"model": spec.model, "selects": spec.selects, "seed": spec.calibration.seed,
+                       "variant": unseeded.variant, "stages": stages}}
 
 
 def _stage(stage: dict[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def report_data(records: Records, layout: Layout, *, examples: int = 5) -> dict[
 def page(data: dict[str, Any], title: str) -> str:
     """The HTML text around the data."""
     style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    packed = gzip.compress(json.dumps(_finite(data), separators=(",", ":")).encode(), compresslevel=6, mtime=0)
+    packed = gzip.compress(json.dumps(data, separators=(",", ":"), allow_nan=False).encode(), compresslevel=6, mtime=0)
     return Template((ASSETS / "report.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title), style=style, script=script, style_hash=_hash(style), script_hash=_hash(script),
         data=base64.b64encode(packed).decode(),
@@ -101,12 +101,17 @@ def _summary(row: SummaryRow) -> list[Any]:
     return [
         setting.model, setting.keep_k, row.full, setting.method, setting.note(), row.group, row.metric, row.found,
         row.tasks, max(e.seeds if e else 1 for e in (row.before, row.after)), _pair(row.before), _pair(row.after),
-        row.drop_before, row.drop_after, row.disk_bytes, row.memory_bytes,
+        _number(row.drop_before), _number(row.drop_after), row.disk_bytes, row.memory_bytes,
     ]
 
 
 def _pair(value: Estimate | None) -> tuple[float, float | None] | None:
-    return (value.value, value.error) if value else None
+    return (value.value, value.error) if value and math.isfinite(value.value) else None
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _runs(runs: Sequence[Run], layout: Layout, experts: dict[str, int], metrics: dict[str, str],
@@ -117,13 +122,4 @@ def _runs(runs: Sequence[Run], layout: Layout, experts: dict[str, int], metrics:
         values = [result.metrics.get(metrics.get(group, ""), result.metrics.get("primary_score")) if result else None
                   for result in (run.before, run.after)]
         yield [run.directory, s.model, run.task, group, s.keep_k, is_full(s, experts), s.method, s.note(), s.eval_shots,
-               run.seed, *values, run.seconds, run.disk_bytes, counts[run.directory]]
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: null in its place."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+               run.seed, *map(_number, values), run.seconds, run.disk_bytes, counts[run.directory]]

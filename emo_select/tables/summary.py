@@ -10,7 +10,7 @@ from typing import Any
 from emo_select.tables.layout import Layout
 from emo_select.tables.pool import Estimate, Stage, over_tasks, pool
 from emo_select.tables.read import Problem, Records, Run, Setting
-from emo_select.tables.selection import experts_in_selection
+from emo_select.tables.selection import keep_set_of
 from emo_select.tables.write import Cell, Table
 
 BYTES_PER_PARAMETER = 4  # the published checkpoints are stored in float32
@@ -79,8 +79,8 @@ def experts_of(records: Records, layout: Layout) -> dict[str, int]:
         if run.setting.keep_k and (best is None or run.setting.keep_k > (best.setting.keep_k or 0)):
             largest[run.setting.model] = run
     for model, run in largest.items():
-        count = known.get(model) or experts_in_selection(records.root / run.directory)
-        known |= {model: count} if count else {}
+        keep_set = None if model in known else keep_set_of(records.root / run.directory)
+        known |= {model: keep_set.experts} if keep_set else {}
     return known
 
 

@@ -18,7 +18,7 @@ from emo_select.tables.compare import (
     keep_set_overlap,
     paired_bootstrap,
 )
-from emo_select.tables.selection import kept_experts
+from emo_select.tables.selection import keep_set_of
 
 BEFORE = Options(checkpoint="first")
 
@@ -37,10 +37,10 @@ def test_two_runs_flip_the_documents_that_only_one_answers(tmp_path: Path) -> No
 
 def test_overlap_is_the_mean_jaccard_index_over_layers(tmp_path: Path) -> None:
     a, b = (add_run(tmp_path, keep_k=8, method=method).directory for method in ("layerwise", "random"))
-    one, other = kept_experts(a), kept_experts(b)
-    assert one and other
+    one, other = keep_set_of(a), keep_set_of(b)
+    assert one and other and one.experts == 16
     wanted = np.mean([len(set(x or ()) & set(y or ())) / len(set(x or ()) | set(y or ()))
-                      for x, y in zip(one, other, strict=True)])
+                      for x, y in zip(one.kept, other.kept, strict=True)])
     assert keep_set_overlap(a, b) == pytest.approx(wanted) and keep_set_overlap(a, a) == 1
     assert keep_set_overlap(a, tmp_path) is None
 

@@ -15,8 +15,9 @@ import pytest
 from table_trees import add_run, demo_tree
 
 from emo_select.tables import load_layout, load_tree
-from emo_select.tables.details import as_bits, thinned
+from emo_select.tables.details import thinned
 from emo_select.tables.report import page, report_data, write_report
+from emo_select.tables.selection import as_bits
 from emo_select.tree import write_json
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">'\"&amp;</script><script>document.title='owned'</script>"
@@ -118,7 +119,7 @@ def opened(browser: Driver, report_file: Path) -> Iterator[Driver]:
     browser.get("about:blank")
     browser.get_log("performance")
     browser.get(report_file.as_uri())
-    WebDriverWait(browser, 30).until(
+    WebDriverWait(browser, 120).until(
         lambda page: page.execute_script("return document.documentElement.dataset.ready === 'true'"))
     yield browser
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []

@@ -85,7 +85,7 @@ function drawFacets() {
     $("facets").append(el("fieldset", { "data-facet": key }, el("legend", {}, name), chips));
   }
   const search = el("input", { type: "search", id: "search", placeholder: "Search runs ( / )", "aria-label": "Search runs",
-    oninput: () => { state.text = search.value.trim().toLowerCase(); refresh(); } });
+    oninput: () => { state.text = search.value.trim().toLowerCase(); refreshRuns(); } });
   const clear = el("button", { type: "button", id: "clear", onclick: clearFilters }, "Clear all");
   $("facets").append(search, clear);
   $("filters").open = !matchMedia("(max-width: 40rem)").matches;
@@ -462,8 +462,15 @@ function stageSelect() {
 }
 
 function refresh() {
-  for (const table of tables) { table.page = 0; table.draw(); }
+  for (const table of tables) if (table !== tables.runs) { table.page = 0; table.draw(); }
   drawPlots();
+  refreshRuns();
+}
+
+/* What the search changes too; the averages above stand for whole groups of runs. */
+function refreshRuns() {
+  tables.runs.page = 0;
+  tables.runs.draw();
   drawTasks();
   const chosen = Object.values(state.chosen).reduce((sum, set) => sum + set.size, 0) + (state.text ? 1 : 0);
   $("active").textContent = chosen ? `(${chosen} active, ${data.runs.filter(runPasses).length} of ${data.runs.length} runs)` : "";
