@@ -32,13 +32,13 @@ PIECE_BYTES = 1 << 19  # small enough to stay in the processor's cache from read
 MAX_READ = 1 << 30  # one pread never returns more than 2 GiB
 
 
-def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(source: str | Path, revision: str | None = None, *, download: bool = True) -> Checkpoint:
     """Open a local folder, a Hub id or `demo/NAME`; every header is checked against its file's size.
 
     Raises:
         ModelError: the source does not exist. CheckpointError: a file is missing, truncated or inconsistent.
     """
-    directory = resolve(str(source), revision)
+    directory = resolve(str(source), revision, download=download)
     return Checkpoint(directory, read_config(directory), _read_headers(directory))
 
 

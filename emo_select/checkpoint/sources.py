@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
-from emo_select.errors import ModelError, nearest
+from emo_select import progress
+from emo_select.errors import ModelError, UnknownNameError, nearest
 
 PUBLISHED = (
     "allenai/Emo_1b14b_1T", "allenai/StdMoE_1b14b_1T", "allenai/Emo_1b14b_130B", "allenai/StdMoE_1b14b_130B",
@@ -16,10 +18,11 @@ PUBLISHED = (
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
 
 
-def resolve(source: str, revision: str | None = None) -> Path:
+def resolve(source: str, revision: str | None = None, *, download: bool = True) -> Path:
     """The folder of a checkpoint: `demo/NAME` → shipped data, an existing folder → itself, else a Hub id.
 
-    A Hub id is taken from the cache or downloaded: config, safetensors, tokenizer; no weights in other formats.
+    A Hub id is taken from the cache or, if `download`, from the Hub: config, safetensors, tokenizer; no weights in
+    other formats.
 
     Raises:
         ModelError: nothing of that name, with near matches.
@@ -31,7 +34,11 @@ def resolve(source: str, revision: str | None = None) -> Path:
         return path.resolve()
     if _looks_like_path(source):
         raise ModelError(f"There is no folder {source!r}; give a checkpoint folder, a Hub id or demo/NAME.")
-    return _snapshot(source, revision)
+    cached = _cached(source, revision)
+    if cached is None and not download:
+        raise ModelError(f"{source} is not in the Hub cache, and a dry run downloads nothing; get it with `emo-select "
+                         f"fetch --model {source} --to DIR` and name that folder, or leave out --dry-run.")
+    return cached or _snapshot(source, revision)
 
 
 def demo_names() -> list[str]:
@@ -46,12 +53,26 @@ def _demo_root() -> Path:
 
 def _demo(source: str) -> Path:
     if source not in demo_names():
-        raise ModelError(f"Unknown model {source!r}{nearest(source, demo_names())}.")
+        raise UnknownNameError("model", source, demo_names())
     return _demo_root() / source.removeprefix("demo/")
 
 
 def _looks_like_path(source: str) -> bool:
     return source.startswith((".", "~", os.sep)) or source.count("/") != 1 or Path(source).exists()
+
+
+def _cached(source: str, revision: str | None) -> Path | None:
+    """The whole snapshot in the cache; None where it is not there or lacks a shard."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = Path(snapshot_download(source, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, ValueError):
+        return None
+    index = found / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    return found if all((found / shard).exists() for shard in shards) else None
 
 
 def _snapshot(source: str, revision: str | None) -> Path:
@@ -63,13 +84,15 @@ def _snapshot(source: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    near = nearest(source, (*PUBLISHED, *demo_names()))
+    progress.say(f"{source} is not in the Hub cache; downloading it (`emo-select fetch` does so ahead of time).")
+    known = (*PUBLISHED, *demo_names())
+    near = "" if source in known else f" ({nearest(source, known)})"
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(HUB_FILES)))
     except (RepositoryNotFoundError, HFValidationError):
-        raise ModelError(f"Unknown model {source!r}{near}.") from None
+        raise ModelError(f"The Hub has no model {source!r}{near}.") from None
     except RevisionNotFoundError:
         raise ModelError(f"{source} has no revision {revision!r}.") from None
     except (LocalEntryNotFoundError, OSError) as error:
         raise ModelError(f"{source} is neither a folder nor in the Hub cache, and the Hub cannot be reached "
-                         f"({type(error).__name__}); download it first or check the name{near}.") from None
+                         f"({type(error).__name__}); check the name{near}, or fetch it where there is a network.") from None

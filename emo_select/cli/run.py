@@ -75,19 +75,19 @@ def run(
     }
     machine = {"device": device, "dtype": dtype, "micro_batch_size": micro_batch, "memory_budget": memory_budget,
                "data_dir": data_dir, "trust_remote_code": trust_remote_code, "plots": plots}
-    runs = _expand(model, task, keep_k, method, settings, machine, output_dir)
+    runs = _expand(model, task, keep_k, method, settings, machine, output_dir, download=not dry_run)
     _run_all(runs, stages, force, output_dir, dry_run=dry_run, as_json=as_json)
 
 
 def _expand(model: list[str], task: list[str], keep_k: list[str], method: list[str], settings: dict[str, Any],
-            machine: dict[str, Any], output_dir: str | None) -> list[Run]:
+            machine: dict[str, Any], output_dir: str | None, *, download: bool) -> list[Run]:
     from emo_select.pipeline import Wanted, expand
     from emo_select.spec import Execution, checked
     from emo_select.tree import Tree
 
     tree = Tree.at(output_dir)
     wanted = Wanted(common.listed(model), common.listed(task), common.listed(keep_k), common.listed(method), settings)
-    return expand(wanted, tree, checked(Execution, machine))
+    return expand(wanted, tree, checked(Execution, machine), download=download)
 
 
 def _run_all(runs: list[Run], stages: str, force: str, output_dir: str | None, *, dry_run: bool, as_json: bool) -> None:

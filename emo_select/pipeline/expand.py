@@ -29,11 +29,11 @@ class Wanted:
     """Further keys of `RunSpec`: calibration, training, evaluation, score, num_shared."""
 
 
-def expand(wanted: Wanted, tree: Tree, execution: Execution) -> list[Run]:
+def expand(wanted: Wanted, tree: Tree, execution: Execution, *, download: bool = True) -> list[Run]:
     """Every run of the product, each checked against its model's headers and its task's data.
 
     Keeping all experts is the same whatever the method, so such runs are made once, under the first method. Dense
-    models skip selection and are run once per task. Raises a `UsageError` for the first thing that cannot work.
+    models skip selection and are run once per task. `download` False takes models from disk only. Raises a `UsageError` for the first thing that cannot work.
     """
     from emo_select.checkpoint import open_checkpoint
     from emo_select.tasks import get_tasks
@@ -45,7 +45,7 @@ def expand(wanted: Wanted, tree: Tree, execution: Execution) -> list[Run]:
     tasks = get_tasks(wanted.tasks, data_dir=execution.data_dir)
     runs: list[Run] = []
     for model in dict.fromkeys(wanted.models):
-        source = open_checkpoint(model)
+        source = open_checkpoint(model, download=download)
         choices = list(_choices(model, source, wanted))
         for task in tasks:
             runs += [_bind(_spec(model, task, choice, wanted), tree, execution, source, task) for choice in choices]
