@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from emo_select.checkpoint import open_checkpoint, resolve
 from emo_select.checkpoint.finite import all_finite
 from emo_select.checkpoint.reader import runs
-from emo_select.errors import CheckpointError, ModelError
+from emo_select.errors import CheckpointError, UsageError
 
 INDEX = "model.safetensors.index.json"
 
@@ -191,8 +191,8 @@ def test_sources(tmp_path: Path) -> None:
     assert resolve(str(tmp_path)) == tmp_path.resolve()
     for missing, says in ((str(tmp_path / "no"), "no folder"), ("./no", "no folder"), ("gpt2", "no folder"),
                           ("allenai/Emo_1b14b_1t", "did you mean 'allenai/Emo_1b14b_1T'"),
-                          ("demo/nothing", "Unknown model"), ("bad name/x y", "Unknown model|neither")):
-        with pytest.raises(ModelError, match=says):
+                          ("demo/nothing", "Unknown model"), ("bad name/x y", "no model|neither")):
+        with pytest.raises(UsageError, match=says):
             resolve(missing)
 
 
