@@ -162,7 +162,7 @@ def measured() -> Iterator[Measurement]:
     _reset_peaks()
     yield result
     result.seconds = time.perf_counter() - begin
-    result.peak_memory, result.peak_gpu_memory = _peak_memory(), _peak_gpu_memory()
+    result.peak_memory, result.peak_gpu_memory = peak_memory(), peak_gpu_memory()
 
 
 @cache
@@ -203,7 +203,8 @@ def _reset_peaks() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _peak_memory() -> int | None:
+def peak_memory() -> int | None:
+    """Largest resident memory of this process since the last stage began, bytes."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -211,6 +212,7 @@ def _peak_memory() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
-def _peak_gpu_memory() -> int | None:
+def peak_gpu_memory() -> int | None:
+    """Largest memory allocated on the GPU since the last stage began, bytes; None where none was used."""
     torch = sys.modules.get("torch")
     return int(torch.cuda.max_memory_allocated()) if torch is not None and torch.cuda.is_initialized() else None

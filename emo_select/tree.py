@@ -7,6 +7,7 @@ a crash so that the stage that writes it can continue.
     <root>/<model>/activations/<task>…/       scores.safetensors, scores.json
     <root>/<model>/<run>/                     run.json, selection.json, selected_model/,
                                               finetuned_model/checkpoint-N/, results/checkpoint-N/
+    <root>/.sweeps/<name>/                    sweep.json, units/, attempts/, arrays/, logs/
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from emo_select.errors import CheckpointError, DiskSpaceError, LockedError, Spec
 from emo_select.spec import RunSpec, parse_directory_name
 
 DEFAULT_ROOT = "selective_evals_final"
+SWEEPS = ".sweeps"
 ROOT_VARIABLE = "EMO_SELECT_OUTPUT_DIR"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,54 @@ class RunPaths:
 
 
 @dataclass(frozen=True)
+class SweepPaths:
+    """The files of one sweep: what was submitted and what came of it, never what is computed."""
+
+    directory: Path
+
+    @property
+    def record(self) -> Path:
+        """The sweep as it was submitted last."""
+        return self.directory / "sweep.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one process that submits, or runs the sweep here."""
+        return self.directory / ".lock"
+
+    @property
+    def logs(self) -> Path:
+        """Output of the units, and what submitit keeps."""
+        return self.directory / "logs"
+
+    def unit(self, name: str) -> Path:
+        """One unit of work, resolved: all that a worker needs to know."""
+        return self.directory / "units" / f"{name}.json"
+
+    def unit_lock(self, name: str) -> Path:
+        """Held by the one process that works on the unit."""
+        return self.directory / "units" / f".{name}.lock"
+
+    @property
+    def attempts(self) -> Path:
+        """Parent of the records of all attempts."""
+        return self.directory / "attempts"
+
+    def attempt(self, name: str, number: int) -> Path:
+        """What came of one attempt at a unit."""
+        return self.attempts / f"{name}.{number}.json"
+
+    @property
+    def arrays(self) -> Path:
+        """Parent of the records of what was handed to Slurm."""
+        return self.directory / "arrays"
+
+    def array(self, name: str) -> Path:
+        """One array that was handed to Slurm."""
+        return self.arrays / f"{name}.json"
+
+
+@dataclass(frozen=True)
 class Tree:
     """A root that holds one folder per model."""
 
@@ -124,6 +174,14 @@ class Tree:
             if folder.is_dir() and parse_directory_name(folder.name):
                 yield RunPaths(folder)
 
+    def sweep(self, name: str) -> SweepPaths:
+        """Paths of the state of the sweep `name`."""
+        return SweepPaths(self.root / SWEEPS / name)
+
+    def sweeps(self) -> list[SweepPaths]:
+        """Every sweep that was submitted in this tree, by name."""
+        return [SweepPaths(file.parent) for file in sorted((self.root / SWEEPS).glob("*/sweep.json"))]
+
     def require_writable(self) -> None:
         """Raise `SpecError` where the root cannot be created or written."""
         try:
@@ -142,7 +200,7 @@ def numbered_checkpoints(folder: Path) -> list[int]:
     """The N of every `checkpoint-N` folder in `folder`, ascending."""
     if not folder.is_dir():
         return []
-    found = (_CHECKPOINT.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
+    found = (CHECKPOINT.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -223,6 +281,15 @@ def publish(ready: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_directory(path: Path) -> None:
+    """Delete a directory so that a reader sees it whole or not at all."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def link_tree(source: Path, target: Path) -> None:
     """Mirror a directory by hard links, copying only where the disk cannot link."""
     shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
@@ -249,6 +316,19 @@ def exclusive(lock: Path, *, wait: bool = False) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         held.release()
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds the lock now. One that waits for it is not disturbed."""
+    from filelock import FileLock, Timeout
+
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _holder(path: Path) -> str:

@@ -35,7 +35,7 @@ def execute_all(planned: Sequence[Planned]) -> list[tuple[Run, EmoSelectError]]:
     """
     failed: list[tuple[Run, EmoSelectError]] = []
     for together in _shared_selections(planned):
-        failed += _attempt(together, partial(_select_together, together))
+        failed += _attempt(together, partial(select_together, together))
     broken = {id(run) for run, _ in failed}
     for run, steps in planned:
         if id(run) not in broken:
@@ -95,7 +95,8 @@ def _shared_selections(planned: Sequence[Planned]) -> list[list[Run]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _select_together(runs: Sequence[Run]) -> None:
+def select_together(runs: Sequence[Run]) -> None:
+    """Select the experts of runs that differ only in keep-k (and in what comes later), in one pass over the weights."""
     with ExitStack() as locks:
         for run in runs:
             locks.enter_context(exclusive(run.paths.lock))

@@ -64,7 +64,7 @@ class Override(Frozen):
 class SweepSpec(Product):
     """A sweep file."""
 
-    name: str = Field(pattern=r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     settings: dict[str, Any] = {}
     execution: dict[str, Any] = {}
     include: tuple[Product, ...] = ()

@@ -1,0 +1,237 @@
+"""How a sweep's plan, states, logs and costs are shown."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import typer
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from emo_select import progress
+from emo_select.errors import EmoSelectError
+from emo_select.sweeps import estimate, states
+from emo_select.sweeps.control import Control, find
+from emo_select.sweeps.graph import KINDS, Unit
+from emo_select.sweeps.states import ALIVE, Standing, State
+
+SHOWN = 12  # failures listed before "and N more"
+STYLES = {State.DONE: "green", State.RUNNING: "bold cyan", State.FAILED: "bold red", State.SET_ASIDE: "bold red",
+          State.LOST: "yellow", State.STALE: "yellow", State.BLOCKED: "yellow"}
+TROUBLE = (State.FAILED, State.SET_ASIDE, State.LOST, State.STALE, State.BLOCKED)
+
+
+def plan_data(control: Control, tokens_per_second: float | None) -> dict[str, Any]:
+    """A plan as plain data: runs, units, costs left with and without sharing, disk, hours."""
+    bench, estimator = control.bench, estimate.Estimator(control.bench)
+    left = [run for unit in control.units if unit.kind == "run" for run in bench.left(unit)]
+    shared, alone = estimator.shared(control.units), estimator.alone(left)
+    given = tokens_per_second
+    rates = estimate.Rates(given, given, given) if given else estimator.rates(control.runs)
+    profile, keep = control.submission.profile, control.submission.keep_weights
+    return {
+        "sweep": control.submission.sweep.name,
+        "runs": {"all": len(control.runs), "done": len(control.runs) - len(left), "to_do": len(left)},
+        "reasons": dict(Counter(_reason(control, run) for run in left).most_common()),
+        "units": {kind: _unit_counts(control, kind) for kind in KINDS},
+        "cost": shared.as_data(),
+        "cost_without_sharing": alone.as_data(),
+        "seconds": estimator.seconds(shared, rates),
+        "tokens_per_second": asdict(rates),
+        "keep_weights": keep,
+        "disk_bytes": estimate.disk_need(bench, control.units, keep, profile.max_parallel),
+    }
+
+
+def show_plan(found: dict[str, Any]) -> None:
+    """Print a plan for people."""
+    runs, units, cost, alone = found["runs"], found["units"], found["cost"], found["cost_without_sharing"]
+    typer.echo(f"{found['sweep']}: {runs['all']} runs, {runs['done']} done, {runs['to_do']} to do")
+    for reason, count in list(found["reasons"].items())[:SHOWN]:
+        typer.echo(f"  {count} × {reason}")
+    table = _table("units", "all", "to do", "for runs")
+    for kind, counts in units.items():
+        table.add_row(kind, str(counts["all"]), str(counts["to_do"]), str(counts["runs"]))
+    _print(table)
+    if runs["to_do"] > cost["unknown"]:
+        _print(_cost_table(cost, alone))
+        typer.echo(f"Disk: {found['disk_bytes'] / 1e9:,.1f} GB with --keep-weights {found['keep_weights']}. "
+                   f"Time: {_time(found['seconds'])}.")
+    if cost["unknown"]:
+        typer.echo(f"{cost['unknown']} runs are left out of the costs: their model or data is not on this machine.")
+
+
+def status_data(control: Control, standings: Sequence[Standing]) -> dict[str, Any]:
+    """States as plain data."""
+    return {
+        "sweep": control.submission.sweep.name,
+        "states": _counts(standings),
+        "seconds_left": states.seconds_left(standings),
+        "units": [_standing_data(control, standing) for standing in standings],
+    }
+
+
+def show_status(control: Control, standings: Sequence[Standing]) -> None:
+    """Print one line per state, and what failed, why, and where its log is."""
+    _print(_state_table(standings))
+    troubled = [standing for standing in standings if standing.state in TROUBLE]
+    for standing in troubled[:SHOWN]:
+        log = states.log_of(control.paths, standing)
+        typer.echo(f"{standing.state.value}: {standing.unit.kind} {standing.unit.label}: {standing.reason}"
+                   + (f"\n  log: {log}" if log is not None and log.exists() else ""))
+    if len(troubled) > SHOWN:
+        typer.echo(f"… and {len(troubled) - SHOWN} more; --json lists them all")
+    left = states.seconds_left(standings)
+    if left is not None:
+        typer.echo(f"About {_duration(left)} left.")
+
+
+def follow(control: Control, every: float = 5) -> list[Standing]:
+    """Look until nothing is in the queue or at work, showing the states on a terminal; returns how it ended."""
+    console = progress.console()
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+        while True:
+            standings = control.watch.look()
+            if console.is_terminal:
+                live.update(_state_table(standings), refresh=True)
+            if not any(standing.state in ALIVE for standing in standings):
+                return standings
+            time.sleep(every)
+
+
+@contextmanager
+def counting(control: Control, *, local: bool) -> Iterator[tuple[Callable[[int], None], Callable[[Unit, str], None]]]:
+    """Callbacks that show progress while units are handed in or done."""
+    with progress.track("Units" if local else "Submitting") as bar:
+
+        def began(total: int) -> None:
+            bar.update(total=total)
+
+        def changed(unit: Unit, outcome: str) -> None:
+            bar.advance(note=unit.label)
+            if outcome == "failed":
+                progress.say(f"failed: {unit.kind} {unit.label}; see {control.paths.logs / unit.name}.log")
+
+        yield began, changed
+
+
+def print_log(control: Control, text: str, lines: int) -> None:
+    """Print the last lines of the log of the unit that `text` names. Raises `EmoSelectError` where there is none."""
+    standing = find(control.watch.look(), text)
+    log = states.log_of(control.paths, standing)
+    if log is None or not log.exists():
+        raise EmoSelectError(f"{standing.unit.label} has no log yet: it is {standing.state.value}.")
+    progress.say(str(log))
+    sys.stdout.write("".join(log.read_text(errors="replace").splitlines(keepends=True)[-lines:]))
+
+
+def show_report(found: dict[str, Any]) -> None:
+    """Print what a sweep has cost."""
+    table = _table("cost", "units", "attempts", "not done", "time", "GPU time", "tokens", "peak memory")
+    for kind, sums in (*found["kinds"].items(), ("total", found["total"])):
+        table.add_row(kind, str(sums["units"]), str(sums["attempts"]), str(sums["not_done"]),
+                      _duration(sums["seconds"]), _duration(sums["gpu_seconds"]), f"{sums['tokens']:,}",
+                      f"{sums['peak_memory'] / 1e9:.2f} GB")
+    _print(table)
+    for name in ("hosts", "gpus", "commits"):
+        if found[name]:
+            typer.echo(f"{name}: " + ", ".join(f"{value} ({count})" for value, count in found[name].items()))
+    for label in found["out_of_memory"]:
+        typer.echo(f"ran out of memory once: {label}")
+    for line in found["slowest"]:
+        typer.echo(f"{_duration(line['seconds']):>8}  {line['kind']:<11} {line['label']}")
+
+
+def show_table(control: Control) -> None:
+    """Print the tables of the sweep's models and tasks."""
+    from emo_select import tables
+
+    records = tables.load_tree(control.tree.root)
+    models, tasks = ({getattr(run.spec, name) for run in control.runs} for name in ("model_directory", "task"))
+    known = {run.task for run in records.runs}
+    if not known & tasks:
+        return
+    filters = tables.Filters(tuple(sorted(models)), tuple(sorted(tasks & known)))
+    made, _ = tables.make("methods", records, tables.load_layout(None), filters=filters)
+    typer.echo("\n\n".join(tables.render(table, "text") for table in made))
+
+
+def _unit_counts(control: Control, kind: str) -> dict[str, int]:
+    units = [unit for unit in control.units if unit.kind == kind]
+    todo = [unit for unit in units if unit.kind != "fetch" and control.bench.left(unit)]
+    return {"all": len(units), "to_do": len(todo), "runs": sum(len(unit.runs) for unit in todo)}
+
+
+def _reason(control: Control, run: Any) -> str:
+    steps = control.bench.steps(run)
+    if steps is None:
+        return control.bench.problems[run]
+    return next(f"{step.stage}: {step.reason}" for step in steps if step.action.value == "run")
+
+
+def _cost_table(cost: dict[str, int], alone: dict[str, int]) -> Table:
+    table = _table("left to do", "", "shared", "each run alone", "saved")
+    names = {"selection_tokens": "tokens, selection", "training_tokens": "tokens, training (forward and backward)",
+             "evaluation_tokens": "tokens, evaluation", "bytes_read": "GB of weights read",
+             "bytes_written": "GB written"}
+    for key, name in names.items():
+        scale = 1e9 if key.startswith("bytes") else 1
+        digits = 1 if key.startswith("bytes") else 0
+        saved = f"{1 - cost[key] / alone[key]:.0%}" if alone[key] else ""
+        table.add_row(name, f"{cost[key] / scale:,.{digits}f}", f"{alone[key] / scale:,.{digits}f}", saved)
+    return table
+
+
+def _state_table(standings: Sequence[Standing]) -> Table:
+    table = _table("state", "units", *KINDS)
+    for state in State:
+        those = [standing for standing in standings if standing.state is state]
+        if those:
+            per_kind = [str(sum(standing.unit.kind == kind for standing in those) or "") for kind in KINDS]
+            table.add_row(Text(state.value, STYLES.get(state, "")), str(len(those)), *per_kind)
+    return table
+
+
+def _counts(standings: Iterable[Standing]) -> dict[str, int]:
+    found = Counter(standing.state.value for standing in standings)
+    return {state.value: found[state.value] for state in State if found[state.value]}
+
+
+def _standing_data(control: Control, standing: Standing) -> dict[str, Any]:
+    log = states.log_of(control.paths, standing)
+    return {"unit": standing.unit.name, "kind": standing.unit.kind, "label": standing.unit.label,
+            "state": standing.state.value, "reason": standing.reason, "failures": standing.failures,
+            "job": standing.job, "log": str(log) if log else None,
+            "attempt": standing.attempt.model_dump(mode="json") if standing.attempt else None}
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console(file=sys.stdout).print(table)
+
+
+def _duration(seconds: float) -> str:
+    from emo_select.pipeline.cost import duration
+
+    return duration(seconds)
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "nothing alike was measured here yet; give --tokens-per-second"
+    return f"about {_duration(seconds)} of one GPU (or of this machine)"

@@ -1,0 +1,151 @@
+"""Carrying out a sweep: what to hand in, where, and what must be true before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from emo_select.errors import EmoSelectError
+from emo_select.sweeps import estimate, local, slurm, store
+from emo_select.sweeps.bench import Bench, pending
+from emo_select.sweeps.graph import Unit, build
+from emo_select.sweeps.slurm import Block
+from emo_select.sweeps.spec import SweepRun, expand_sweep
+from emo_select.sweeps.states import ALIVE, Standing, State, Watch
+from emo_select.sweeps.store import Job, Submission
+from emo_select.sweeps.work import halved
+from emo_select.tree import SweepPaths, Tree, exclusive, require_space
+
+OUT_OF_HOST_MEMORY = "OUT_OF_MEMORY"  # Slurm's word for it
+
+
+@dataclass
+class Control:
+    """A sweep in a tree. Planning it needs neither torch nor the models themselves, only their headers."""
+
+    tree: Tree
+    submission: Submission
+    bench: Bench = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bench = Bench(self.tree)
+
+    @classmethod
+    def named(cls, tree: Tree, name: str) -> Control:
+        """A sweep that was submitted before. Raises `SpecError` where it was not."""
+        return cls(tree, store.load_submission(tree, name))
+
+    @property
+    def paths(self) -> SweepPaths:
+        """Where its state lies."""
+        return self.tree.sweep(self.submission.sweep.name)
+
+    @cached_property
+    def runs(self) -> list[SweepRun]:
+        """Every run of the sweep."""
+        return expand_sweep(self.submission.sweep)
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """Every unit of work, each after those it needs."""
+        return build(self.runs)
+
+    @cached_property
+    def watch(self) -> Watch:
+        """Its states, now and later."""
+        return Watch(self.paths, self.units, self.bench)
+
+    def chosen(self, standings: Sequence[Standing], *, again: bool = False) -> dict[str, Unit]:
+        """Units to hand in: work left, not in the queue, not set aside (unless `again`), nothing needed in the way."""
+        by_name = {standing.unit.name: standing for standing in standings}
+        found: dict[str, Unit] = {}
+        for name, unit in pending(self.bench, self.units).items():
+            if by_name[name].state in ALIVE or (by_name[name].state is State.SET_ASIDE and not again):
+                continue
+            if all(need in found or by_name[need].state in (*ALIVE, State.DONE) for need in unit.needs):
+                found[name] = unit
+        return found if any(unit.kind != "fetch" for unit in found.values()) else {}
+
+    def blocks(self, chosen: Mapping[str, Unit], standings: Sequence[Standing]) -> list[Block]:
+        """The arrays that Slurm will be given."""
+        profile = self.submission.profile
+        live = {standing.unit.name: standing.job for standing in standings
+                if standing.state in ALIVE and standing.job is not None}
+        return slurm.blocks(chosen, slurm.array_size(profile), profile.max_parallel, live)
+
+    def submit(self, *, again: bool = False, began: Callable[[int], None] = lambda units: None,
+               changed: Callable[[Unit, str], None] = lambda unit, outcome: None) -> dict[str, Unit]:
+        """Hand in what has to be done (Slurm) or do it (local), and return it. One submitter at a time.
+
+        Raises `DiskSpaceError` before anything starts where the weights would not fit.
+        """
+        self.tree.require_writable()
+        with exclusive(self.paths.lock):
+            self._take_back_orphans()
+            standings = self.watch.look()
+            chosen = self.chosen(standings, again=again)
+            self._check_disk(chosen)
+            store.save_submission(self.paths, self.submission)
+            store.save_jobs(self.paths, self._jobs(chosen, standings))
+            began(len(chosen))
+            if self.submission.profile.executor == "slurm":
+                slurm.submit(self.paths, self.blocks(chosen, standings), self.submission.profile)
+            else:
+                local.run(self.paths, chosen, self.submission.profile, changed)
+        return chosen
+
+    def cancel(self) -> int:
+        """Take back everything that is in Slurm's queue; returns how many units that were."""
+        live = slurm.queue()
+        arrays = store.arrays(self.paths)
+        mine = [array.job for array in arrays if array.job is not None]
+        jobs = [job for job in live if job.split("_")[0] in mine]
+        slurm.cancel({job.split("_")[0] for job in jobs} | set(slurm.orphans(self.paths, live)))
+        return len(jobs)
+
+    def _take_back_orphans(self) -> None:
+        if any(array.job is None for array in store.arrays(self.paths)):
+            slurm.cancel(slurm.orphans(self.paths, slurm.queue()))
+
+    def _check_disk(self, chosen: Mapping[str, Unit]) -> None:
+        keep, profile = self.submission.keep_weights, self.submission.profile
+        at_once = profile.workers if profile.executor == "local" else profile.max_parallel
+        needed = estimate.disk_need(self.bench, chosen.values(), keep, at_once)
+        require_space(self.tree.root, needed, f"Writing the weights of {len(chosen)} units (--keep-weights {keep})")
+
+    def _jobs(self, chosen: Mapping[str, Unit], standings: Sequence[Standing]) -> list[Job]:
+        by_name = {standing.unit.name: standing for standing in standings}
+        jobs = []
+        for unit in chosen.values():
+            job = Job(root=str(self.tree.root.absolute()), sweep=self.submission.sweep.name, unit=unit,
+                      keep_weights=self.submission.keep_weights)
+            jobs.append(_with_less_memory(job, by_name[unit.name]))
+        return jobs
+
+
+def _with_less_memory(job: Job, standing: Standing) -> Job:
+    """After Slurm killed a unit for its memory there was no time to retry in place: do it now."""
+    last = standing.attempt
+    if job.unit.kind != "run" or last is None or OUT_OF_HOST_MEMORY not in standing.reason:
+        return job
+    before = job.model_copy(update={"micro_batch_size": last.micro_batch_size})
+    return job.model_copy(update={"micro_batch_size": halved(before)})
+
+
+def find(standings: Sequence[Standing], text: str) -> Standing:
+    """The unit whose name, or run directory, contains `text`. Raises `EmoSelectError` unless it is one."""
+    found = [standing for standing in standings if text in standing.unit.name or text in _directories(standing.unit)]
+    if len(found) == 1:
+        return found[0]
+    exact = [standing for standing in found if text in (standing.unit.name, standing.unit.label)]
+    if len(exact) == 1:
+        return exact[0]
+    some = ", ".join(standing.unit.label for standing in found[:5])
+    raise EmoSelectError(f"{len(found)} units match {text!r}{': ' + some if some else ''}; give one run's directory.")
+
+
+def _directories(unit: Unit) -> str:
+    if unit.kind != "run":
+        return unit.label
+    return " ".join(f"{item.spec.model_directory}/{item.spec.directory_name}" for item in unit.runs)
