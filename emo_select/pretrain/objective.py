@@ -156,7 +156,8 @@ class EmoObjective:
         """
         sizes = None
         if self.pool_sizes is not None:
-            sizes = draw_pool_sizes(int(batch.documents.max()) + 1, *self.pool_sizes, generator)
+            count = max(1, int(batch.documents.max()) + 1)  # a rank may have nothing but padding
+            sizes = draw_pool_sizes(count, *self.pool_sizes, generator)
         with self.with_sizes(batch, sizes) as losses:
             yield losses
 
@@ -186,19 +187,19 @@ class EmoObjective:
         labels = labels[:, 1:]
         items = (labels != IGNORED).sum()
         totals = self._summed([*(layer.counts for layer in layers), tokens[None], items[None]])
-        all_tokens, all_items = (total.squeeze() / self._ranks for total in totals[-2:])  # per rank, on average
+        all_tokens, all_items = (total.squeeze().clamp(min=1) / self._ranks for total in totals[-2:])  # per rank, on average
         nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED,
                               reduction="sum")
         cross_entropy = nll / all_items
         counts = totals[:-2] if self.global_balance else [layer.counts for layer in layers]
         balance = torch.stack([
-            _balance(layer, count, all_tokens if self.global_balance else tokens)
+            _balance(layer, count, all_tokens if self.global_balance else tokens.clamp(min=1))
             for layer, count in zip(layers, counts, strict=True)
         ]).mean()
         z = torch.stack([layer.z for layer in layers]).mean() / all_tokens
         with torch.no_grad():
-            entropy = torch.stack([layer.entropy for layer in layers]).mean() / tokens
-            peak = torch.stack([count.max() / count.sum() * len(count) for count in counts]).mean()
+            entropy = torch.stack([layer.entropy for layer in layers]).mean() / tokens.clamp(min=1)
+            peak = torch.stack([count.max() / count.sum().clamp(min=1) * len(count) for count in counts]).mean()
         total = cross_entropy + self.balance_weight * balance + self.z_weight * z
         return Losses(total, cross_entropy.detach(), balance.detach(), z.detach(), entropy, peak)
 
@@ -234,5 +235,5 @@ def _routing(pool: _LayerPool, router: EmoRouter, real: Tensor) -> _Routing:
 
 def _balance(layer: _Routing, counts: Tensor, tokens: Tensor) -> Tensor:
     """R · Σ_e (share of choices of e) · (mean probability of e); 1 if both are uniform."""
-    shares = counts.to(layer.probability.dtype) / counts.sum()
+    shares = counts.to(layer.probability.dtype) / counts.sum().clamp(min=1)
     return len(counts) * (shares * layer.probability / tokens).sum()

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from emo_select import tree
 from emo_select.demo.tokenizer import END, MAX_LENGTH, PAD, build_tokenizer, save_tokenizer
-from emo_select.errors import NumericError
+from emo_select.errors import NumericError, SpecError
 from emo_select.models import EmoConfig, EmoForCausalLM, register
 from emo_select.pretrain.config import Optimizer, PretrainConfig
 from emo_select.pretrain.documents import Documents, step_generator
 from emo_select.pretrain.objective import EmoObjective, Losses
-from emo_select.progress import Bar, track
+from emo_select.progress import Bar, say, track
 
 STATE, REPORT = "state.safetensors", "pretraining.json"
 SHOWN = ("cross_entropy", "balance", "z", "entropy", "peak_load")
@@ -125,8 +125,11 @@ def pretrain(config: PretrainConfig, out_dir: Path) -> dict[str, Any]:
     """Train and publish a checkpoint folder; returns what `pretraining.json` in it says.
 
     A state is kept beside `out_dir` every `save_every` steps. After a crash the same call continues there, and the
-    published weights are those of an undisturbed run to the last bit (same machine, same number of threads).
+    published weights are those of an undisturbed run to the last bit (same machine, same number of threads). A
+    finished run is not repeated. Raises `SpecError` where `out_dir` holds anything else.
     """
+    if done := _finished(config, out_dir):
+        return done
     lock = out_dir.with_name(f".{out_dir.name}.lock")
     with tree.exclusive(lock), tree.staged_directory(out_dir, _key(config)) as folder:
         trainer = Trainer(config)
@@ -135,6 +138,17 @@ def pretrain(config: PretrainConfig, out_dir: Path) -> dict[str, Any]:
         _write_checkpoint(trainer, folder, report)
         (folder / STATE).unlink(missing_ok=True)
     return report
+
+
+def _finished(config: PretrainConfig, out_dir: Path) -> dict[str, Any] | None:
+    """The report of the same run if `out_dir` has it; an absent or empty folder is free to be used."""
+    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+        return None
+    report = out_dir / REPORT
+    if report.is_file() and (told := tree.read_json(report))["config"] == config.model_dump():
+        say(f"{out_dir} is finished; delete it to train again.")
+        return dict(told)
+    raise SpecError(f"{out_dir} holds something else; choose another --output-dir.")
 
 
 def _key(config: PretrainConfig) -> str:

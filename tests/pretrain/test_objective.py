@@ -147,6 +147,15 @@ def test_padding_changes_no_loss():
         assert torch.allclose(getattr(plain, name), getattr(longer, name), atol=1e-5), name
 
 
+@pytest.mark.parametrize("global_balance", [True, False])
+def test_a_rank_with_nothing_but_padding_has_finite_gradients(global_balance):
+    model, batch = tiny_model(), tiny_batch()
+    empty = Batch(batch.input_ids, torch.full_like(batch.labels, -100), torch.full_like(batch.documents, -1))
+    losses = losses_of(EmoObjective(model, (3, 9), global_balance=global_balance), empty)
+    assert losses.total == 0
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 def test_a_pool_of_all_experts_is_the_standard_objective():
     model, batch = tiny_model(), tiny_batch()
     whole = losses_of(EmoObjective(model, (9, 9)), batch)

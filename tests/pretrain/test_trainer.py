@@ -138,6 +138,19 @@ def test_another_configuration_starts_anew(undisturbed, tmp_path, monkeypatch):
     assert (tmp_path / "model/model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
 
 
+def test_a_finished_run_is_not_repeated(undisturbed, monkeypatch):
+    monkeypatch.setattr(Trainer, "advance", lambda self: 1 / 0)
+    assert pretrain(tiny(), undisturbed) == tree.read_json(undisturbed / "pretraining.json")
+
+
+def test_a_folder_with_other_content_is_left_alone(undisturbed, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    for folder in (tmp_path, undisturbed, tmp_path / "thesis.tex"):
+        with pytest.raises(SpecError, match="another --output-dir"):
+            pretrain(tiny(seed=9), folder)
+    assert (tmp_path / "thesis.tex").exists() and (undisturbed / "model.safetensors").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     trainer = Trainer(tiny())
     with torch.no_grad():
