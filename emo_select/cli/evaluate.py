@@ -154,7 +154,7 @@ def _sweep(models: Sequence[str], tasks: Sequence[Task], keep_ks: Sequence[str],
 
     from emo_select.checkpoint import open_checkpoint
     from emo_select.errors import SpecError
-    from emo_select.evaluate import curve
+    from emo_select.evaluate import curve, parallel
     from emo_select.experts import StreamOptions
     from emo_select.models.families import experts_per_layer
     from emo_select.spec import Calibration, checked, parse_keep_k
@@ -169,6 +169,8 @@ def _sweep(models: Sequence[str], tasks: Sequence[Task], keep_ks: Sequence[str],
     stream = StreamOptions(device=options.device)
     chosen = {task.name: curve.choose(models[0], task, method, wanted, texts, stream) for task in tasks}
     points = curve.sweep_keep_k(models[0], tasks, chosen, folder / f"sweep-{method}", options)
+    if not parallel.is_first():
+        return
     if as_json:
         common.emit([asdict(point) for point in points])
     else:
@@ -203,8 +205,11 @@ def _folder(model: str, out: Path | None, output_dir: str | None, *, nested: boo
 
 def _show(scores: dict[str, dict[str, dict[str, Any]]], folders: dict[str, Path], tasks: Sequence[Task], *,
           as_json: bool) -> None:
+    from emo_select.evaluate import parallel
     from emo_select.progress import say
 
+    if not parallel.is_first():
+        return
     if as_json:
         common.emit(scores)
         return

@@ -26,6 +26,7 @@ from emo_select.evaluate.responses import ResponseStore, Score, Text
 from emo_select.evaluate.scoring import Counters, SharedPrefixScorer, halved
 
 Encoded = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation) as text, then as tokens
+PREFILL = 8  # prompts of a generation batch, in token budgets: their logits take no room
 PROCESSORS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_length",
               "min_new_tokens", "forced_bos_token_id", "begin_suppress_tokens", "sequence_bias")
 
@@ -48,6 +49,7 @@ class SharedPrefixLM(Answering, HFLM):
         self.store = store or ResponseStore(None, "")
         self.token_budget = token_budget or default_token_budget(model)
         self.counters = Counters()
+        self.decoder = GreedyDecoder(model, self._cache_budget(), PREFILL * self.token_budget, self.counters)
         model.config.get_text_config().output_router_logits = False  # of no use here, and a pruned MoE asks for them
         self.stock_reason = support.why_not(model, max_length)
         if self.stock_reason:
@@ -153,7 +155,7 @@ class SharedPrefixLM(Answering, HFLM):
         texts = self._tokenise({request.args[0] for request in requests})
         prompts = [texts[request.args[0]] for request in requests]
         stops, finish = self._stops(options)
-        decoder = GreedyDecoder(self.model, self._cache_budget(), self.counters)
+        decoder = self.decoder
         for cut in (False, True):  # cut prompts have lost the prefix that the others share
             members = [index for index, prompt in enumerate(prompts) if (len(prompt) > limit) == cut]
             ids = [np.array(prompts[index][-limit:], dtype=np.int64) for index in members]

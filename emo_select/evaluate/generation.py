@@ -18,7 +18,6 @@ from emo_select.evaluate.scoring import Counters, PrefixLayer, halved
 
 ROOM = 64  # positions that a cache grows by, so that most steps copy nothing
 LEAVE_SHARE = 8  # finished rows are dropped once they are at least one in this many: dropping copies the cache
-PREFILL_TOKENS = 8192  # prompt tokens per batch
 
 
 @dataclass(frozen=True)
@@ -111,11 +110,12 @@ class Batch:
 class GreedyDecoder:
     """Continues prompts with the most likely token, many at a time.
 
-    `budget` bounds rows × (longest prompt + new tokens) of a batch; it is halved for good when memory runs out.
+    Of a batch, `cached` bounds rows × (longest prompt + new tokens) and `prefill` rows × prompt tokens of its first
+    forward. Both are halved for good when memory runs out.
     """
 
-    def __init__(self, model: Any, budget: int, counters: Counters) -> None:
-        self.model, self.budget, self.counters = model, budget, counters
+    def __init__(self, model: Any, cached: int, prefill: int, counters: Counters) -> None:
+        self.model, self.cached, self.prefill, self.counters = model, cached, prefill, counters
         self.device = model.get_input_embeddings().weight.device
 
     def generate(self, prompts: Sequence[Ids], stops: Stops) -> Iterator[tuple[int, list[int]]]:
@@ -132,12 +132,12 @@ class GreedyDecoder:
                     waiting.remove(row)
                     yield row.index, row.generated
             except RuntimeError as error:
-                self.budget = halved(self.budget, error)
+                self.cached, self.prefill = halved(self.cached, error), max(1, self.prefill // 2)
                 for row in waiting:
                     row.generated.clear()
 
     def _batch_size(self, length: int, prompt: int) -> int:
-        return max(1, min(self.budget // length, PREFILL_TOKENS // prompt))
+        return max(1, min(self.cached // length, self.prefill // prompt))
 
     def _decode(self, rows: list[Row], base: int, prefix: Cache | None, stops: Stops) -> Iterator[Row]:
         """Run one batch to its end, yielding each row when it ends."""

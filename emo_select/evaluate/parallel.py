@@ -8,6 +8,8 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from emo_select import progress
+
 
 @contextmanager
 def process_group() -> Iterator[None]:
@@ -22,10 +24,17 @@ def process_group() -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(local_rank())
     dist.init_process_group("nccl" if cuda else "gloo")
+    if not is_first():
+        progress.configure(quiet=True)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this process talks and prints: the only one, or the first that `torchrun` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def rank() -> int:

@@ -72,6 +72,11 @@ class Planner:
         self.lcp = np.array([0] + [common_prefix(a.tokens, b.tokens) for a, b in pairwise(self.rows)])
         self._added = np.cumsum(self.lengths - self.lcp)
 
+    @property
+    def distinct_tokens(self) -> int:
+        """Tokens of the whole trie: the least that any plan has to run."""
+        return int(self._added[-1])
+
     def plan(self) -> list[Block]:
         """Blocks in lexicographic order; packs hold indices into the inputs as given."""
         blocks = self._blocks()

@@ -153,7 +153,7 @@ class Evaluator:
         for instance in sorted(harness.instances, key=lambda instance: (instance.doc_id, instance.idx)):
             responses[instance.doc_id].append(instance.resps[0])
         predictions = [task.prediction(doc, answers) for doc, answers in zip(docs, responses, strict=True)]
-        issues = row_issues(numbers, responses, options.max_length, task.remarks(docs))
+        issues = row_issues(numbers, responses, self.engine.max_length, task.remarks(docs))
         return Outcome(numbers, docs, predictions), issues
 
     def _heading(self, task: Task, task_hash: str, seconds: float, issues: Mapping[str, Any], task_idx: int) -> Heading:
@@ -186,10 +186,13 @@ def load_engine(model: str, options: EvalOptions) -> SharedPrefixLM:
     from emo_select.models import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    weights = load_model(model, dtype=options.precision, device=options.device_map or _device(options.device),
+    weights: Any = load_model(model, dtype=options.precision, device=options.device_map or _device(options.device),
                          trust_remote_code=options.trust_remote_code)
-    return SharedPrefixLM(weights, tokenizer, max_length=options.max_length, token_budget=options.token_budget,
-                          add_bos_token=options.add_bos_token)
+    context = getattr(weights.config.get_text_config(), "max_position_embeddings", None) or options.max_length
+    if context < options.max_length:
+        progress.say(f"The model's context is {context} tokens; longer inputs are cut to that.")
+    return SharedPrefixLM(weights, tokenizer, max_length=min(context, options.max_length),
+                          token_budget=options.token_budget, add_bos_token=options.add_bos_token)
 
 
 def row_issues(

@@ -138,7 +138,7 @@ def gather_log_probs(
     if not bool(torch.isfinite(chosen).all()):
         raise NumericError("The model gives log-probabilities that are NaN or infinite; check its weights or use "
                            "--dtype float32.")
-    return chosen.double().cpu().numpy(), (torch.cat(argmax)[rows] == targets).cpu().numpy()
+    return chosen.cpu().double().numpy(), (torch.cat(argmax)[rows] == targets).cpu().numpy()
 
 
 def halved(budget: int, error: RuntimeError) -> int:

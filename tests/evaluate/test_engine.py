@@ -127,10 +127,10 @@ def test_running_out_of_memory_halves_the_budget(moe: Any, tokenizer: Any, monke
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_generations_equal_stock(moe: Any, tokenizer: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generations_equal_stock(moe: Any, tokenizer: Any, rows: int) -> None:
     requests = generation_requests()
     engine = ours(moe, tokenizer)
-    monkeypatch.setattr(engine, "_cache_budget", lambda: rows * 300)
+    engine.decoder.cached = rows * 300
     found = engine.generate_until(requests)
     expected = stock(moe, tokenizer).generate_until(requests)
     assert found == expected
