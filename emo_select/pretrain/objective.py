@@ -187,7 +187,8 @@ class EmoObjective:
         labels = labels[:, 1:]
         items = (labels != IGNORED).sum()
         totals = self._summed([*(layer.counts for layer in layers), tokens[None], items[None]])
-        all_tokens, all_items = (total.squeeze().clamp(min=1) / self._ranks for total in totals[-2:])  # per rank, on average
+        # per rank, on average
+        all_tokens, all_items = (total.squeeze().clamp(min=1) / self._ranks for total in totals[-2:])
         nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED,
                               reduction="sum")
         cross_entropy = nll / all_items

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -251,9 +248,17 @@ def test_layers_without_experts_are_passed_over():
 # ---- several ranks
 
 
-def _rank(rank: int, ranks: int, folder: str, global_balance: bool) -> None:
+def _rank(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    for global_balance in (True, False):
+        gradients = _averaged_gradients(rank, ranks, global_balance)
+        if not rank:
+            torch.save(gradients, f"{folder}/{global_balance}.pt")
+    dist.destroy_process_group()
+
+
+def _averaged_gradients(rank: int, ranks: int, global_balance: bool) -> list[torch.Tensor]:
     model, (batch, sizes) = tiny_model(), _uneven()
     mine = [[0, 1, 2], [3]][rank]  # ranks of unequal size: means must be over all tokens
     part = Batch(batch.input_ids[mine], batch.labels[mine], torch.arange(len(mine))[:, None].expand(len(mine), 12))
@@ -261,9 +266,7 @@ def _rank(rank: int, ranks: int, folder: str, global_balance: bool) -> None:
     for parameter in model.parameters():
         dist.all_reduce(parameter.grad)
         parameter.grad /= ranks
-    if not rank:
-        torch.save([parameter.grad for parameter in model.parameters()], f"{folder}/gradients.pt")
-    dist.destroy_process_group()
+    return [parameter.grad for parameter in model.parameters()]
 
 
 def _uneven() -> tuple[Batch, list[int]]:
@@ -272,9 +275,12 @@ def _uneven() -> tuple[Batch, list[int]]:
     return batch, [3, 9, 4, 6]
 
 
-def _gradients_of_two_ranks(folder: Path, global_balance: bool) -> list[torch.Tensor]:
-    mp.spawn(_rank, (2, str(folder), global_balance), nprocs=2)
-    return torch.load(folder / "gradients.pt", weights_only=True)
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> dict[bool, list[torch.Tensor]]:
+    """Gradients averaged over two gloo ranks, with global and with local balance."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_rank, (2, str(folder)), nprocs=2)
+    return {balance: torch.load(folder / f"{balance}.pt", weights_only=True) for balance in (True, False)}
 
 
 def _gradients_of_one_rank() -> list[torch.Tensor]:
@@ -283,15 +289,13 @@ def _gradients_of_one_rank() -> list[torch.Tensor]:
     return [parameter.grad for parameter in model.parameters()]
 
 
-@pytest.mark.skipif(not dist.is_available() or os.name != "posix", reason="needs gloo")
-def test_two_ranks_with_global_balance_give_the_gradients_of_one(tmp_path):
-    for ours, expected in zip(_gradients_of_two_ranks(tmp_path, True), _gradients_of_one_rank(), strict=True):
+def test_two_ranks_with_global_balance_give_the_gradients_of_one(two_ranks):
+    for ours, expected in zip(two_ranks[True], _gradients_of_one_rank(), strict=True):
         assert torch.allclose(ours, expected, atol=1e-6)
 
 
-@pytest.mark.skipif(not dist.is_available() or os.name != "posix", reason="needs gloo")
-def test_local_balance_is_another_objective(tmp_path):
-    pairs = zip(_gradients_of_two_ranks(tmp_path, False), _gradients_of_one_rank(), strict=True)
+def test_local_balance_is_another_objective(two_ranks):
+    pairs = zip(two_ranks[False], _gradients_of_one_rank(), strict=True)
     assert max(float((ours - expected).abs().max()) for ours, expected in pairs) > 1e-4
 
 
