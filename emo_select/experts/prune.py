@@ -37,6 +37,7 @@ from emo_select.models.families import (
     always_active_per_layer,
     check_layout,
     experts_per_layer,
+    family_of,
 )
 from emo_select.progress import say, track
 from emo_select.tree import link_or_copy, require_space, staged_directory, write_bytes, write_json
@@ -135,7 +136,7 @@ def plan_prune(checkpoint: Checkpoint, keep_set: KeepSet, *, dtype: str | None =
 
 def describe_plan(checkpoint: Checkpoint, plan: PrunePlan) -> dict[str, Any]:
     """The plan in numbers for people and machines: experts of the largest layer and bytes, before and after."""
-    kept = plan.config.get("num_experts_per_layer") or [plan.config[check_layout(checkpoint).count_keys[0]]]
+    kept = plan.config.get("num_experts_per_layer") or [plan.config[family_of(checkpoint.config).count_keys[0]]]
     return {"experts": max(kept), "experts_before": max(experts_per_layer(checkpoint.config)),
             "tensors": len(plan.copies), "tensors_before": len(checkpoint.tensors),
             "bytes": plan.total_bytes, "bytes_before": checkpoint.total_bytes,
@@ -296,7 +297,7 @@ def _cast(checkpoint: Checkpoint, copy: Copy) -> Any:
 
 
 def _not_finite(checkpoint: Checkpoint, copy: Copy) -> NumericError:
-    role = check_layout(checkpoint).role(copy.source)
+    role = family_of(checkpoint.config).role(copy.source)
     where = "" if role.layer is None else f" (layer {role.layer}" + (
         f", expert {role.expert})" if role.expert is not None else ")")
     return NumericError(f"{copy.source}{where} in {checkpoint.directory} holds NaN or infinite values; "

@@ -106,6 +106,10 @@ class Family:
         found = config.get(key)
         return self.defaults.get(key) if found is None else found
 
+    def number(self, config: Config, key: str) -> int:
+        """A config value that must be a whole number of things; CheckpointError if it is not."""
+        return _whole(self.value(config, key), key)
+
     def role(self, name: str) -> Role:
         """What the disk tensor `name` is."""
         match = LAYER_NAME.fullmatch(name)
@@ -130,30 +134,43 @@ def _uniform(config: Config, family: Family) -> list[int]:
 
 
 def _dense_first(config: Config, family: Family) -> list[int]:
-    dense = int(family.value(config, "first_k_dense_replace") or 0)
+    dense = family.number(config, "first_k_dense_replace") if family.value(config, "first_k_dense_replace") else 0
     return [0 if layer < dense else _count(config, family) for layer in range(_layers(config, family))]
 
 
 def _sparse_step(config: Config, family: Family) -> list[int]:
-    step, dense = family.value(config, "decoder_sparse_step") or 1, config.get("mlp_only_layers") or []
+    step, dense = family.number(config, "decoder_sparse_step"), config.get("mlp_only_layers") or []
     return [0 if layer in dense or (layer + 1) % step else _count(config, family)
             for layer in range(_layers(config, family))]
 
 
 def _listed(config: Config, family: Family) -> list[int]:
-    listed = config.get("num_experts_per_layer")
-    return list(listed) if listed else _uniform(config, family)
+    return _per_layer(config, family, "num_experts_per_layer") or _uniform(config, family)
 
 
 def _layers(config: Config, family: Family) -> int:
-    return int(family.value(config, "num_hidden_layers"))
+    return family.number(config, "num_hidden_layers")
 
 
 def _count(config: Config, family: Family) -> int:
-    for key in family.count_keys:
-        if config.get(key) is not None:
-            return int(config[key])
-    return int(family.defaults[family.count_keys[0]])
+    present = [key for key in family.count_keys if config.get(key) is not None]
+    return family.number(config, (present or family.count_keys)[0])
+
+
+def _per_layer(config: Config, family: Family, key: str) -> list[int] | None:
+    listed = config.get(key)
+    if not listed:
+        return None
+    if not isinstance(listed, list) or len(listed) != _layers(config, family):
+        raise CheckpointError(f"{key} in config.json must list one number for each of the {_layers(config, family)} "
+                              "layers.")
+    return [_whole(count, key) for count in listed]
+
+
+def _whole(value: Any, key: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise CheckpointError(f"{key} in config.json must be a whole number, not {value!r}.")
+    return value
 
 
 def _swiglu(experts: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> tuple[Fused, ...]:
@@ -178,11 +195,13 @@ FAMILIES: tuple[Family, ...] = (
            defaults={"num_local_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 32, "hidden_size": 4096}),
     Family("qwen2_moe", "Qwen2MoeDecoderLayer", _swiglu("mlp.experts"), ("mlp.gate.weight",), _sparse_step,
            separate_shared=("mlp.shared_expert", "mlp.shared_expert_gate"),
-           defaults={"num_experts": 60, "num_experts_per_tok": 4, "num_hidden_layers": 24, "hidden_size": 2048}),
+           defaults={"decoder_sparse_step": 1, "num_experts": 60, "num_experts_per_tok": 4, "num_hidden_layers": 24,
+                     "hidden_size": 2048}),
     # transformers 4.57 and vLLM read num_experts; transformers 5 reads and saves num_local_experts.
     Family("qwen3_moe", "Qwen3MoeDecoderLayer", _swiglu("mlp.experts"), ("mlp.gate.weight",), _sparse_step,
            count_keys=("num_experts", "num_local_experts"),
-           defaults={"num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 24, "hidden_size": 2048}),
+           defaults={"decoder_sparse_step": 1, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 24,
+                     "hidden_size": 2048}),
     Family("deepseek_v2", "DeepseekV2DecoderLayer", _swiglu("mlp.experts"), ("mlp.gate.weight",), _dense_first,
            count_keys=("n_routed_experts",), separate_shared=("mlp.shared_experts",), groups=True,
            defaults={"n_routed_experts": 64, "num_hidden_layers": 32, "hidden_size": 4096, "topk_method": "greedy"}),
@@ -241,8 +260,8 @@ def shared_per_layer(config: Config) -> list[int]:
     family, counts = family_of(config), experts_per_layer(config)
     if not family.listed_shared:
         return [0] * len(counts)
-    listed = config.get("num_shared_experts_per_layer") if config.get("num_experts_per_layer") else None
-    shared = listed or [int(family.value(config, "num_shared_experts"))] * len(counts)
+    listed = config.get("num_experts_per_layer") and _per_layer(config, family, "num_shared_experts_per_layer")
+    shared = listed or [family.number(config, "num_shared_experts")] * len(counts)
     return [min(s, e) for s, e in zip(shared, counts, strict=True)]
 
 
@@ -256,7 +275,7 @@ def always_active_per_layer(config: Config) -> list[list[int]]:
 
 def top_k(config: Config) -> int:
     """Experts per token, listed shared ones included."""
-    return int(family_of(config).value(config, "num_experts_per_tok"))
+    return family_of(config).number(config, "num_experts_per_tok")
 
 
 def num_groups(config: Config) -> int:
@@ -355,7 +374,7 @@ def check_layout(checkpoint: Checkpoint) -> Family:
     """
     family = family_of(checkpoint.config)
     counts = experts_per_layer(checkpoint.config)
-    hidden = int(family.value(checkpoint.config, "hidden_size"))
+    hidden = family.number(checkpoint.config, "hidden_size")
     extra = sorted(layer for layer in checkpoint.layers if layer >= len(counts))
     if extra and not family.extra_layers_key:
         raise CheckpointError(f"{checkpoint.directory} has a layer {extra[0]}, but its config.json counts "

@@ -23,6 +23,7 @@ from emo_select.models.families import (
     layer_parameters,
     num_groups,
     read_parameter,
+    shared_per_layer,
 )
 
 SMALL: dict[str, Any] = {
@@ -244,6 +245,19 @@ def test_prediction_layers_are_left_out(saved: Any, tmp_path: Path) -> None:
 def test_unsupported_weights_are_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ModelError, match=says):
         family_of({"model_type": "deepseek_v3", **changes})
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"num_experts": "many"}, "num_experts in config.json must be a whole number, not 'many'"),
+    ({"num_hidden_layers": -1}, "whole number"), ({"num_hidden_layers": 2.5}, "whole number"),
+    ({"num_experts_per_layer": [8]}, "each of the 3 layers"), ({"num_experts_per_layer": [8, 8, None]}, "whole number"),
+    ({"num_experts_per_layer": 8}, "each of the 3 layers"),
+    ({"num_experts_per_layer": [8, 8, 8], "num_shared_experts_per_layer": [1]}, "each of the 3 layers"),
+])
+def test_a_config_of_nonsense(changes: dict[str, Any], says: str) -> None:
+    config = {"model_type": "emo", "num_hidden_layers": 3, "num_experts": 8, **changes}
+    with pytest.raises(CheckpointError, match=says):
+        experts_per_layer(config) and shared_per_layer(config)
 
 
 def test_early_copies_of_emo_are_emo() -> None:
