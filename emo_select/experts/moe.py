@@ -140,20 +140,18 @@ def _one_by_one(template: Any, weights: Mapping[str, Tensor], hidden: Tensor, to
     for expert, count in enumerate(counts.tolist()):
         if count:
             stop = start + count
-            outputs[start:stop] = _run_expert(template, weights, expert, hidden.index_select(0, tokens[start:stop]))
+            inner = _linear(template, weights, "gate_up_proj", expert, hidden.index_select(0, tokens[start:stop]))
+            _linear(template, weights, "down_proj", expert, template._apply_gate(inner), outputs[start:stop])
             start = stop
     return _post_norm(template, outputs)
 
 
-def _run_expert(template: Any, weights: Mapping[str, Tensor], expert: int, inputs: Tensor) -> Tensor:
-    inner = _linear(inputs, weights, "gate_up_proj", expert, template.is_transposed)
-    return _linear(template._apply_gate(inner), weights, "down_proj", expert, template.is_transposed)
-
-
-def _linear(inputs: Tensor, weights: Mapping[str, Tensor], name: str, expert: int, transposed: bool) -> Tensor:
+def _linear(template: Any, weights: Mapping[str, Tensor], name: str, expert: int, inputs: Tensor,
+            out: Tensor | None = None) -> Tensor:
     weight = weights[name][expert]
+    product = torch.mm(inputs, weight if template.is_transposed else weight.T, out=out)
     bias = weights.get(f"{name}_bias")
-    return F.linear(inputs, weight.T if transposed else weight, None if bias is None else bias[expert])
+    return product if bias is None else product.add_(bias[expert])
 
 
 def _grouped(template: Any, weights: Mapping[str, Tensor], hidden: Tensor, tokens: Tensor, counts: Tensor,
