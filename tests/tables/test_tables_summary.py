@@ -108,7 +108,7 @@ def test_filters_by_id_folder_and_label_and_errors_name_near_matches(tree: Path)
     for name in ("demo/emo", "demoemo"):
         chosen = Filters(models=(name,), methods=("random",), keep_ks=(4,), groups=("demo",), tasks=("demo_copy",))
         assert [run.directory.split("/")[0] for run in chosen.apply(records, layout).runs] == ["demoemo"]
-    with pytest.raises(UnknownNameError, match="demo/stdmoe|demostdmoe"):
+    with pytest.raises(UnknownNameError, match=r"demo/stdmoe|demostdmoe"):
         Filters(models=("demo/stdmo",)).apply(records, layout)
     with pytest.raises(UnknownNameError, match="primary_score"):
         make("summary", records, layout, metrics=["primary_scor"])
