@@ -26,6 +26,7 @@ from emo_select.evaluate.responses import ResponseStore, Score, Text
 from emo_select.evaluate.scoring import Counters, SharedPrefixScorer, halved
 
 Encoded = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation) as text, then as tokens
+CPU_TOKENS, CUDA_TOKENS = 1024, 4096  # larger packs gain nothing: their mask, and what it hides, grow as the square
 PREFILL = 8  # prompts of a generation batch, in token budgets: their logits take no room
 PROCESSORS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "min_length",
               "min_new_tokens", "forced_bos_token_id", "begin_suppress_tokens", "sequence_bias")
@@ -214,7 +215,7 @@ def default_token_budget(model: Any) -> int:
     """New tokens per forward: what the logits of one pack may take of free memory, within what is useful."""
     device = model.get_input_embeddings().weight.device
     logits = 8 * model.config.get_text_config().vocab_size
-    return int(min(max(free_memory(device) / 8 / logits, 256), 8192 if device.type == "cuda" else 1024))
+    return int(min(max(free_memory(device) / 8 / logits, 256), CUDA_TOKENS if device.type == "cuda" else CPU_TOKENS))
 
 
 def free_memory(device: torch.device) -> int:

@@ -116,10 +116,11 @@ class SharedPrefixScorer:
 
     def _mask(self, pack: Pack, prefix_length: int) -> torch.Tensor:
         """Additive attention mask (1, 1, N, P + N)."""
-        hidden = torch.from_numpy(np.pad(~pack.allowed, ((0, 0), (prefix_length, 0)))).to(self.device)
-        dtype = self.model.dtype
-        return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(
-            hidden, torch.finfo(dtype).min)[None, None]
+        size, dtype = len(pack.tokens), self.model.dtype
+        mask = torch.zeros(size, prefix_length + size, dtype=dtype, device=self.device)
+        hidden = torch.from_numpy(~pack.allowed).to(self.device)
+        mask[:, prefix_length:].masked_fill_(hidden, torch.finfo(dtype).min)
+        return mask[None, None]
 
 
 def gather_log_probs(
