@@ -16,7 +16,7 @@ from pydantic_core import from_json
 
 from emo_select.tree import write_bytes
 
-FORMAT = 1  # raise when the parsed content changes its shape
+FORMAT = 2  # raise when the parsed content changes its shape
 
 
 @dataclass

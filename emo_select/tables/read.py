@@ -64,6 +64,7 @@ class Setting:
     learning_rate: str = "5e-5"
     epochs: float = 1.0
     variant: str | None = None
+    """Every other setting that is not the default, in words from run.json, else as the hash in the folder's name."""
 
     @property
     def default_calibration(self) -> bool:
@@ -79,7 +80,7 @@ class Setting:
             f"batch {self.batch_size}" if self.batch_size != 32 else "",
             f"lr {self.learning_rate}" if self.learning_rate != "5e-5" else "",
             f"{self.epochs:g} epochs" if self.epochs != 1 else "",
-            f"variant {self.variant}" if self.variant else "",
+            self.variant or "",
         ]
         return ", ".join(part for part in parts if part)
 
@@ -260,7 +261,7 @@ def _named(model: str, name: RunName) -> tuple[Setting, int, str]:
     setting = Setting(
         model=model, keep_k=name.keep_k, method=name.method, examples=name.num_examples, shots=name.num_shots,
         eval_shots=name.eval_shots, batch_size=name.batch_size, learning_rate=name.learning_rate,
-        epochs=name.epochs, variant=name.variant,
+        epochs=name.epochs, variant=f"variant {name.variant}" if name.variant else None,
     )
     return setting, name.seed, name.task
 
@@ -291,9 +292,24 @@ def _parse_record(data: bytes) -> dict[str, Any]:
         stages = {name: _stage(stage) for name, stage in content["stages"].items()}
     except (SpecError, UnknownNameError, KeyError, TypeError, AttributeError) as error:
         return {"error": f"It is not a run record ({error}); the folder's name is used."}
-    unseeded = spec.model_copy(update={"calibration": spec.calibration.model_copy(update={"seed": 0})})
     return {"record": {"model": spec.model, "selects": spec.selects, "seed": spec.calibration.seed,
-                       "variant": unseeded.variant, "stages": stages}}
+                       "variant": _other_settings(spec), "stages": stages}}
+
+
+_SHOWN = {"calibration": {"num_examples", "num_shots", "seed"}, "evaluation": {"num_shots"},
+          "training": {"batch_size", "learning_rate", "epochs"}}
+
+
+def _other_settings(spec: RunSpec) -> str | None:
+    """What differs from the defaults and has no column or word of its own, such as `evaluation limit=100`."""
+    changed = spec.model_dump(mode="json", exclude_defaults=True,
+                              exclude={"model", "task", "keep_k", "method", "selects"})
+    if spec.method == "random":
+        changed.pop("calibration", None)  # it sees no texts
+    words = [f"{name}={value}" for name, value in changed.items() if name not in _SHOWN]
+    for part, shown in _SHOWN.items():
+        words += [f"{part} {name}={value}" for name, value in changed.get(part, {}).items() if name not in shown]
+    return ", ".join(words) or None
 
 
 def _stage(stage: dict[str, Any]) -> dict[str, Any]:

@@ -91,6 +91,16 @@ def test_a_model_that_skips_selection_has_one_row_without_drop(tmp_path: Path) -
     assert (row["model"], row["keep-k"], row["before"] is not None) == ("acme/dense", "full", True)
 
 
+def test_other_settings_are_told_in_words(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        add_run(tmp_path, keep_k=8, method="random", calibration={"seed": seed}, evaluation={"limit": 100},
+                training={"freeze": "routed"})
+    [row] = rows(load_tree(tmp_path))
+    assert (row["setting"], row["seeds"]) == ("evaluation limit=100, training freeze=routed", 2)
+    next((tmp_path / "demoemo").glob("*/run.json")).unlink()
+    assert {str(row["setting"]).split()[0] for row in rows(load_tree(tmp_path))} == {"evaluation", "variant"}
+
+
 def test_results_count_wins_on_shared_tasks_and_ties_for_both(tmp_path: Path) -> None:
     demo_tree(tmp_path, methods=["layerwise"], keep_ks=[16, 8])
     better = next((tmp_path / "demoemo").glob("demo_copy_keepk_8*")) / "results" / "checkpoint-0"
@@ -152,7 +162,7 @@ def test_cache_is_used_until_a_file_changes_and_never_trusted_when_damaged(
     os.utime(metrics)
     changed = load_tree(tmp_path / "tree").runs
     assert changed != first.runs and changed == load_tree(tmp_path / "tree", cached=False).runs
-    cache.write_text('{"format": 1, "files": {')
+    cache.write_text('{"format": 2, "files": {')
     assert load_tree(tmp_path / "tree").runs == changed
 
 

@@ -232,9 +232,10 @@ function frame(xs, ys, { logX, xName, yName, xTicks }) {
   const x = (value) => LEFT + 10 + (W - LEFT - RIGHT - 20) * (x1 > x0 ? (scale(value) - x0) / (x1 - x0) : 0.5);
   const y = (value) => TOP + (H - TOP - BOTTOM) * (1 - (value - y0) / (y1 - y0));
   const parts = [svg("path", { class: "axis", d: `M${LEFT} ${TOP}V${H - BOTTOM}H${W - RIGHT}` })];
-  for (const tick of ticks(y0, y1)) {
+  const levels = ticks(y0, y1), digits = Math.min(4, Math.max(0, Math.ceil(-Math.log10(100 * (levels[1] - levels[0] || 1)))));
+  for (const tick of levels) {
     parts.push(svg("path", { class: "axis", d: `M${LEFT} ${y(tick)}H${W - RIGHT}` }),
-      svg("text", { x: LEFT - 6, y: y(tick) + 4, "text-anchor": "end" }, percent(tick, y1 - y0 < 0.05 ? 1 : 0)));
+      svg("text", { x: LEFT - 6, y: y(tick) + 4, "text-anchor": "end" }, percent(tick, digits)));
   }
   for (const tick of xTicks ?? ticks(x0, x1)) {
     parts.push(svg("text", { x: x(tick), y: H - BOTTOM + 16, "text-anchor": "middle" }, String(Math.round(tick * 1000) / 1000)));
