@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]  # one row of a data set, as stored
 Doc = Mapping[str, Any]  # one document: what a row means to the task; JSON values only
 SPLITS = ("train", "validation", "test")
+PLACE = "_row"  # key under which a source may say where a row stands in its file, for messages
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ class Task(ABC):
             doc = {"native_id": self.native_id(row, index), "group": self.group_of(row), **self.read(row)}
             self.check(doc)
         except (TaskError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            where = row.get("_row", f"{split} row {index + 1}")
+            where = row.get(PLACE, f"{split} row {index + 1}")
             raise TaskError(f"Task {self.name}, {where}: {_reason(error)}.") from error
         return doc
 
@@ -236,8 +237,9 @@ class Task(ABC):
             return self.header(group)
         shots = self.shot_docs().get(group, ())
         if not 0 < count <= len(shots):
-            raise TaskError(f"Task {self.name} has {len(shots)} few-shot examples, not {count}; use --num-shots 0 to "
-                            f"{len(shots)}.")
+            usable = f"0 to {len(shots)}" if shots else "0"
+            raise TaskError(f"Task {self.name} has {len(shots)} few-shot examples, not {count}; "
+                            f"use --num-shots {usable}.")
         return self.header(group) + "".join(self.shot(doc) + "\n\n" for doc in shots[:count])
 
     def shot_docs(self) -> Mapping[str, Sequence[Doc]]:

@@ -91,7 +91,9 @@ def _present(source: HubRows, folder: Path) -> bool:
 
 
 def model_files(model: str) -> list[HubFile]:
-    """Configuration, weights and tokenizer of a model; never code or pickled weights."""
+    """Configuration, weights, tokenizer and, as text, code of a model (what a checkpoint needs); never pickles."""
+    if model.startswith("demo/") or Path(model).exists():
+        raise UsageError(f"The model {model} is on this machine already; --model takes a Hub id here.")
     from huggingface_hub import HfApi
 
     from emo_select.checkpoint.sources import HUB_FILES

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from emo_select.errors import DataMissingError, SpecError, TaskError
 from emo_select.spec import Frozen, checked
-from emo_select.tasks.base import Row, SplitRule, Task, position
+from emo_select.tasks.base import PLACE, Row, SplitRule, Task, position
 from emo_select.tasks.kinds import (
     Generate,
     MultipleChoice,
@@ -37,7 +37,6 @@ from emo_select.tasks.splits import stored
 
 Split = Literal["train", "validation", "test"]
 Share = Annotated[float, Field(ge=0, le=1)]
-WHERE = "_row"  # where a row stands in its file, for messages
 
 
 class Shares(Frozen):
@@ -131,7 +130,7 @@ class FileRows:
 
 
 def _numbered(file: Path) -> list[Row]:
-    return [{**row, WHERE: f"{file.name}, row {number}"} for number, row in enumerate(read_rows(file), 1)]
+    return [{**row, PLACE: f"{file.name}, row {number}"} for number, row in enumerate(read_rows(file), 1)]
 
 
 def _dealt(rows: Sequence[Row], shares: Shares) -> Mapping[str, Sequence[Row]]:
@@ -174,7 +173,7 @@ def render(source: str, row: Row) -> str:
 def field_of(row: Row, name: str) -> Any:
     """A field of a row that must be there."""
     if name not in row:
-        raise TaskError(f"there is no field {name!r} (it has {', '.join(key for key in row if key != WHERE)})")
+        raise TaskError(f"there is no field {name!r} (it has {', '.join(key for key in row if key != PLACE)})")
     if row[name] is None:
         raise TaskError(f"the field {name!r} is null")
     return row[name]

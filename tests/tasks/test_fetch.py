@@ -72,7 +72,7 @@ def test_fills_a_folder_that_the_task_then_reads(hub: Path, tmp_path: Path) -> N
     assert (len(task.docs("train")), len(task.docs("test"))) == (350, 50)
     assert task.docs("test")[0]["native_id"] == "own_350"
     kept = {path.name for path in (folder / "models/someone/tiny").iterdir()}
-    assert kept == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert kept == {"config.json", "model.safetensors", "tokenizer.json", "modeling.py"}  # no pickled weights
     assert not (folder / ".partial").exists()
 
 
@@ -127,6 +127,9 @@ def test_missing_data_is_one_sentence_with_the_command(tmp_path: Path, monkeypat
         fetch.make_plan(["boolq"], [], tmp_path)
     with pytest.raises(UsageError, match="--task"):
         fetch.make_plan([], [], tmp_path)
+    for model in ("demo/any", str(tmp_path)):
+        with pytest.raises(UsageError, match="on this machine already"):
+            fetch.make_plan([], [model], tmp_path)
 
 
 @pytest.mark.parametrize(
