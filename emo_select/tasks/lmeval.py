@@ -38,8 +38,9 @@ def load_lm_eval(name: str, data_dir: Path | None) -> list[Task]:
 def _make(leaf: Leaf, index: Index, data_dir: Path | None) -> Task:
     config = leaf.config
     output = config.get("output_type", "generate_until")
-    if "class" not in config and output not in DEFAULT_METRICS:
-        raise TaskError(f"lm-eval:{leaf.name} is of the kind {output}; only {', '.join(DEFAULT_METRICS)} can be run.")
+    if reason := _unusable(config, output):
+        raise TaskError(f"lm-eval:{leaf.name} {reason}; tasks of text, of the kinds {', '.join(DEFAULT_METRICS)}, can "
+                        "be run.")
     kind = LmEvalGeneration if output == "generate_until" else LmEvalChoice
     name = f"lm-eval-{leaf.name}"
     return kind(
@@ -47,6 +48,17 @@ def _make(leaf: Leaf, index: Index, data_dir: Path | None) -> Task:
         read=dict, primary_metric=_primary(config, output), default_shots=int(config.get("num_fewshot") or 0),
         delimiter=None, leaf=leaf, index=index, data_dir=data_dir,
     )
+
+
+def _unusable(config: Mapping[str, Any], output: str) -> str | None:
+    """Why a task cannot be run here, as the end of a sentence; None if it can."""
+    if config.get("unsafe_code"):
+        return "executes what the model writes"
+    if config.get("doc_to_image") or config.get("doc_to_audio"):
+        return "needs images or sound"
+    if "class" in config:
+        return "is a program of its own"
+    return None if output in DEFAULT_METRICS else f"is of the kind {output}"
 
 
 def _sources(config: Mapping[str, Any], data_dir: Path | None) -> tuple[HubRows, ...]:

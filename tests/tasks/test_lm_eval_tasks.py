@@ -127,8 +127,9 @@ def test_groups_and_what_a_group_changes(data: Path) -> None:
 def test_unknown_and_unusable_names(data: Path) -> None:
     with pytest.raises(UnknownNameError, match="'arc_easy'"):
         get_tasks(["lm-eval:arc_esy"], data)
-    with pytest.raises(TaskError, match="loglikelihood_rolling"):
-        get_tasks(["lm-eval:wikitext"], data)
+    for name, reason in (("wikitext", "loglikelihood_rolling"), ("humaneval", "executes"), ("squadv2", "a program")):
+        with pytest.raises(TaskError, match=reason):
+            get_tasks([f"lm-eval:{name}"], data)
 
 
 def test_missing_data_names_the_command(tmp_path: Path) -> None:
