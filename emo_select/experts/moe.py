@@ -177,8 +177,8 @@ class NoAttention(nn.Module):
     """Stands in for attention where only the experts half of a layer runs: it adds nothing to the residual."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """Zeros of the input's shape, and no attention weights."""
-        return torch.zeros_like(hidden_states), None
+        """A zero that broadcasts, and no attention weights."""
+        return hidden_states.new_zeros(()), None
 
 
 class NoExperts(nn.Module):
@@ -189,10 +189,10 @@ class NoExperts(nn.Module):
         self.returns, self.seen = returns, torch.empty(0)
 
     def forward(self, hidden: Tensor) -> Any:
-        """Zeros, as a tensor or with the router scores' place empty, as the block itself returns."""
+        """A zero that broadcasts, alone or with the router scores' place empty, as the block itself returns."""
         self.seen = hidden
-        zeros = torch.zeros_like(hidden)
-        return (zeros, None) if self.returns == "pair" else zeros
+        zero = hidden.new_zeros(())
+        return (zero, None) if self.returns == "pair" else zero
 
 
 def attach(block: nn.Module, router: nn.Module, recorder: Recorder) -> None:

@@ -11,7 +11,7 @@ from emo_select.errors import SpecError
 if TYPE_CHECKING:
     import torch
 
-TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}  # on a CPU, what its cache holds
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -61,7 +61,7 @@ class StreamOptions:
 
     def batch_tokens(self) -> int:
         """Padded tokens per batch."""
-        return self.token_budget or TOKENS_PER_BATCH.get(self.torch_device().type, 4096)
+        return self.token_budget or TOKENS_PER_BATCH.get(self.torch_device().type, 2048)
 
     def budget_bytes(self) -> int | None:
         """`memory_budget` as a number."""

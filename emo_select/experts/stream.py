@@ -36,6 +36,7 @@ from emo_select.models.families import (
 )
 
 EMBEDDING = "model.embed_tokens.weight"
+FIRST_NORMS = ("input_layernorm", "pre_attention_layernorm")  # feed attention alone, so the experts half needs none
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,9 @@ class Skeleton:
         config = self.config if kept is None else self._pruned_config(shell.layer, kept)
         layer = self._layer(shell.layer, config)
         layer.self_attn = NoAttention()
+        unused = {name for name in FIRST_NORMS if hasattr(layer, name)}
+        for name in unused:
+            setattr(layer, name, nn.Identity())
         block = layer.get_submodule(self.family.moe_module)
         if weights:
             template = block.get_submodule(self.family.experts_module.rpartition(".")[2])
@@ -188,8 +192,8 @@ class Skeleton:
         if recorder is not None:
             attach(block, layer.get_submodule(self.family.router_module), recorder)
         tensors = shell.tensors if kept is None else shell.kept(kept)
-        fill(layer, {name: t for name, t in tensors.items() if not name.startswith("self_attn.")}, self.dtype,
-             shell.layer)
+        fill(layer, {name: t for name, t in tensors.items() if name.split(".")[0] not in {"self_attn", *unused}},
+             self.dtype, shell.layer)
         return ExpertsHalf(layer)
 
     def _layer(self, index: int, config: Any) -> nn.Module:
