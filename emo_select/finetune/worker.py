@@ -102,9 +102,12 @@ def _trainer(job: Job, bar: Bar) -> RecipeTrainer:
 
 def _prepared_model(job: Job, config: dict[str, Any]) -> tuple[Any, list[FrozenPart], list[str]]:
     """The model to train, its parts that must not move, and the parameters that have to receive gradients."""
+    from transformers.utils import logging
+
     from emo_select.finetune import freezing, lora, recipe
     from emo_select.models import load_model
 
+    logging.disable_progress_bar()  # one bar is enough
     precision = recipe.precision(job.execution, job.device)
     model: Any = load_model(
         str(job.model), dtype=precision.weights, trust_remote_code=job.execution.trust_remote_code

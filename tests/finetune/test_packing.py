@@ -34,7 +34,7 @@ def test_examples_do_not_see_each_other(attention):
     tokens = golden_tokens("moe_shared1_k8")
     model = load_model(str(GOLDEN / "moe_shared1_k8" / "model"), attn_implementation=attention)
     rows = [tokens[index] for index in range(3)]
-    batch = {key: value for key, value in Packed()(rows).items() if "labels" not in key}
+    batch = {key: value for key, value in Packed()(rows).items() if key in ("input_ids", "position_ids")}
     together = model(**batch, use_cache=False).logits[0]
     alone = [model(torch.tensor([row["input_ids"]]), use_cache=False).logits[0] for row in rows]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=0)
@@ -47,4 +47,5 @@ def test_shapes_and_labels():
     assert padded["attention_mask"].sum(dim=1).tolist() == [3, 2]
     assert (padded["labels"] != IGNORED).sum() == (packed["labels"] != IGNORED).sum() == 4
     assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
-    assert packed["shift_labels"].tolist() == [[6, 7, IGNORED, 9, IGNORED]]
+    assert packed["logits_to_keep"].tolist() == [0, 1, 3] and packed["shift_labels"].tolist() == [[6, 7, 9]]
+    assert padded["logits_to_keep"].tolist() == [0, 1] and padded["shift_labels"].tolist() == [[6, 7], [9, IGNORED]]
