@@ -29,6 +29,8 @@ LINE_EVERY_S = 15.0  # without a terminal, at most one line in this many seconds
 @dataclass
 class _State:
     quiet: bool = False
+    rows: Progress | None = None
+    said: set[str] = field(default_factory=set)
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
 
@@ -54,6 +56,13 @@ def say(message: str) -> None:
     """Print one line of talk to stderr, unless quiet. `message` is plain text, never markup."""
     if not _state.quiet:
         _state.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_once(message: str) -> None:
+    """`say`, unless this process has said the same before."""
+    if message not in _state.said:
+        _state.said.add(message)
+        say(message)
 
 
 def talk(renderable: RenderableType) -> None:
@@ -99,8 +108,23 @@ def track(description: str, total: float | None = None) -> Iterator[Bar]:
     if not interactive():
         yield Bar(description, total, None, None)
         return
+    with _rows() as rows:
+        task = rows.add_task(description, total=total, note="")
+        yield Bar(description, total, rows, task)
+        rows.remove_task(task)
+
+
+@contextmanager
+def _rows() -> Iterator[Progress]:
+    """The display, which bars that are open at the same time share."""
+    if _state.rows is not None:
+        yield _state.rows
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))
     with Progress(*columns, console=_state.console, transient=True) as rows:
-        task = rows.add_task(description, total=total, note="")
-        yield Bar(description, total, rows, task)
+        _state.rows = rows
+        try:
+            yield rows
+        finally:
+            _state.rows = None

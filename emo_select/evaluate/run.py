@@ -190,7 +190,7 @@ def load_engine(model: str, options: EvalOptions) -> SharedPrefixLM:
                          trust_remote_code=options.trust_remote_code)
     context = getattr(weights.config.get_text_config(), "max_position_embeddings", None) or options.max_length
     if context < options.max_length:
-        progress.say(f"The model's context is {context} tokens; longer inputs are cut to that.")
+        progress.say_once(f"The model's context is {context} tokens; longer inputs are cut to that.")
     return SharedPrefixLM(weights, tokenizer, max_length=min(context, options.max_length),
                           token_budget=options.token_budget, add_bos_token=options.add_bos_token)
 

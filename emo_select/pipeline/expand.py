@@ -33,7 +33,8 @@ def expand(wanted: Wanted, tree: Tree, execution: Execution, *, download: bool =
     """Every run of the product, each checked against its model's headers and its task's data.
 
     Keeping all experts is the same whatever the method, so such runs are made once, under the first method. Dense
-    models skip selection and are run once per task. `download` False takes models from disk only. Raises a `UsageError` for the first thing that cannot work.
+    models skip selection and are run once per task. `download` False takes models from disk
+    only. Raises a `UsageError` for the first thing that cannot work.
     """
     from emo_select.checkpoint import open_checkpoint
     from emo_select.tasks import get_tasks

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emo_select import record
+from emo_select import progress, record
 from emo_select.errors import EmoSelectError
 from emo_select.pipeline.plan import Action, Step, downstream, evaluated_steps
 from emo_select.pipeline.runs import Run, checkpoint_fingerprint
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from emo_select.experts import KeepSet, StreamOptions
     from emo_select.experts.calibration import CalibrationTexts
 
+TINY_MODEL = 32 * 2**20  # bytes of weights
 Planned = tuple[Run, Sequence[Step]]
 Work = Callable[[Run, Measurement], list[Path]]
 """Does a stage, adds notes to the measurement, returns what it wrote."""
@@ -37,18 +38,39 @@ def execute_all(planned: Sequence[Planned]) -> list[tuple[Run, EmoSelectError]]:
     for together in _shared_selections(planned):
         failed += _attempt(together, partial(select_together, together))
     broken = {id(run) for run, _ in failed}
-    for run, steps in planned:
-        if id(run) not in broken:
+    todo = [(run, steps) for run, steps in planned if id(run) not in broken and _has_work(steps)]
+    with progress.track("Runs", total=len(todo)) as bar:
+        for run, steps in todo:
+            bar.update(f"{run.spec.model} {run.spec.task} keep-k {run.spec.keep_k} {run.spec.method}")
             failed += _attempt([run], partial(execute, run, steps))
+            bar.advance()
     return failed
+
+
+def _has_work(steps: Sequence[Step]) -> bool:
+    return any(step.action is Action.RUN for step in steps)
 
 
 def execute(run: Run, steps: Sequence[Step]) -> None:
     """Do the steps of one run that are marked; each is recorded as soon as its files are in place."""
-    with exclusive(run.paths.lock):
+    with exclusive(run.paths.lock), _threads_for(run):
         for step in steps:
             if step.action is Action.RUN:
                 _WORK[step.stage](run)
+
+
+@contextmanager
+def _threads_for(run: Run) -> Iterator[None]:
+    """One thread for tiny models: their products are done before a second thread has woken up."""
+    import torch
+
+    before = torch.get_num_threads()
+    if run.source.total_bytes < TINY_MODEL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _attempt(runs: Sequence[Run], work: Callable[[], None]) -> list[tuple[Run, EmoSelectError]]:
@@ -185,8 +207,11 @@ def _finetune(run: Run) -> None:
 
     def work(run: Run, measured: Measurement) -> list[Path]:
         examples = [] if run.spec.training.file else run.task.examples("train", run.spec.calibration.num_shots)
+        machine = run.execution
+        if run.source.total_bytes < TINY_MODEL:  # memory is no concern, so nothing is computed twice to save it
+            machine = machine.model_copy(update={"gradient_checkpointing": False})
         report = finetune(run.start_model, examples, run.task.delimiter, run.paths.finetuned_model, run.spec.training,
-                          run.execution, replace=True)
+                          machine, replace=True)
         _drop_old_results(run)
         measured.notes |= asdict(report)
         return [run.paths.finetuned_model]
