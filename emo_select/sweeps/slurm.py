@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import getpass
 import re
+import shutil
 import subprocess
 import time
 import uuid
@@ -26,6 +27,7 @@ from emo_select.tree import SweepPaths
 
 USUAL_ARRAY_SIZE = 1001  # Slurm's default MaxArraySize, where it cannot be asked
 QUERY_TIMEOUT_S = 60
+NO_SLURM = "There is no Slurm here (`{}` is missing); use --executor local."
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,10 @@ def blocks(units: Mapping[str, Unit], array_size: int, max_parallel: int | None 
 def submit(paths: SweepPaths, found: Sequence[Block], profile: Profile) -> list[Array]:
     """Hand blocks to Slurm; each is recorded before and after, so that a killed submitter leaves nothing unknown.
 
-    Raises `EmoSelectError` with Slurm's own words where it refuses.
+    Raises `SpecError` where there is no Slurm, `EmoSelectError` with Slurm's own words where it refuses.
     """
+    if shutil.which("sbatch") is None:
+        raise SpecError(NO_SLURM.format("sbatch"))
     paths.logs.mkdir(parents=True, exist_ok=True)
     done: list[Array] = []
     for block in found:
@@ -244,7 +248,7 @@ def _ask(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=True)
     except FileNotFoundError:
-        raise SpecError(f"There is no Slurm here (`{command[0]}` is missing); use --executor local.") from None
+        raise SpecError(NO_SLURM.format(command[0])) from None
     except subprocess.TimeoutExpired:
         raise EmoSelectError(f"Slurm did not answer `{command[0]}` within {QUERY_TIMEOUT_S} s; try again.") from None
     except subprocess.CalledProcessError as error:

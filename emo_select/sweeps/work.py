@@ -54,6 +54,7 @@ def perform(unit_file: Path) -> None:
     """
     job = store.load_job(unit_file)
     paths = Tree(Path(job.root)).sweep(job.sweep)
+    progress.say(f"{job.unit.kind} {job.unit.label} ({job.unit.name})")
     with exclusive(paths.unit_lock(job.unit.name), wait=True), _recorded(paths, job) as notes:
         try:
             do(job, notes)
@@ -233,7 +234,10 @@ def _finished_since(job: Job, begin: float) -> Iterator[tuple[StageRecord, float
     """Stages that this unit finished, with the passes that each made over its tokens."""
     tree = Tree(Path(job.root))
     for item in job.unit.runs if job.unit.kind != "fetch" else ():
-        done = record.load(tree.run(item.spec))
+        try:
+            done = record.load(tree.run(item.spec))
+        except EmoSelectError:
+            continue  # a damaged record has stopped the unit already; its own message must not be lost
         for name, stage in (done.stages if done else {}).items():
             mine = datetime.fromisoformat(stage.started).timestamp() >= begin - 1  # recorded in whole seconds
             if mine and "shared_with" not in stage.notes:
