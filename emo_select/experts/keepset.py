@@ -175,15 +175,14 @@ def _check_equal_groups(config: Mapping[str, Any], layer: int, kept: Sequence[in
         raise KeepKError(f"The selection keeps different numbers of experts of the {groups} groups in layer {layer}.")
 
 
-def write_expert_files(directory: Path, config: Mapping[str, Any], keep_set: KeepSet) -> None:
-    """Write experts.json (layer → kept ids) and expert_mask.json beside a pruned checkpoint.
+def expert_files(config: Mapping[str, Any], keep_set: KeepSet) -> dict[str, Any]:
+    """Contents of experts.json (layer → kept ids) and expert_mask.json, which lie beside a pruned checkpoint.
 
     The mask is what engines take that run the unpruned model and skip experts: per layer one 0 or 1 for every
     original expert, an empty list for dense layers.
     """
     kept = {str(layer): list(ids) for layer, ids in enumerate(keep_set.experts) if ids is not None}
-    write_json(directory / "experts.json", kept)
-    write_json(directory / "expert_mask.json", expert_mask(config, keep_set))
+    return {"experts.json": kept, "expert_mask.json": expert_mask(config, keep_set)}
 
 
 def expert_mask(config: Mapping[str, Any], keep_set: KeepSet) -> list[list[int]]:

@@ -24,10 +24,10 @@ from emo_select.errors import KeepKError, NumericError, SpecError
 from emo_select.experts.keepset import (
     KeepSet,
     check_keep_set,
+    expert_files,
     pruned_top_k,
     pruning_metadata,
     shared_kept,
-    write_expert_files,
 )
 from emo_select.models.families import (
     COUNT_KEYS,
@@ -40,7 +40,7 @@ from emo_select.models.families import (
     family_of,
 )
 from emo_select.progress import say, track
-from emo_select.tree import link_or_copy, require_space, staged_directory, write_bytes, write_json
+from emo_select.tree import link_or_copy, require_space, staged_directory, write_bytes
 
 # Small files that belong to a checkpoint; weights in other formats and training state do not.
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
@@ -107,9 +107,11 @@ def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dt
             else:
                 _write_shards(checkpoint, plan, folder, limit)
             _write_companions(checkpoint, folder)
-            write_expert_files(folder, checkpoint.config, keep_set)
-            write_json(folder / "pruning_metadata.json", {**pruning_metadata(keep_set), **(metadata or {})})
-            write_json(folder / "config.json", plan.config)
+            described = {**expert_files(checkpoint.config, keep_set),
+                         "pruning_metadata.json": {**pruning_metadata(keep_set), **(metadata or {})},
+                         "config.json": plan.config}
+            for name, value in described.items():  # the folder is flushed as a whole before it appears
+                (folder / name).write_text(json.dumps(value, indent=1) + "\n")
 
 
 def plan_prune(checkpoint: Checkpoint, keep_set: KeepSet, *, dtype: str | None = None, allow_nonuniform: bool = False

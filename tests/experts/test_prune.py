@@ -225,7 +225,7 @@ def test_another_keep_set_never_continues_the_old_one(source: Path, some: KeepSe
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     other = some.model_copy(update={"experts": ((1, 3, 4, 5, 9, 15), *some.experts[1:])})
     with monkeypatch.context() as patch:
-        patch.setattr("emo_select.experts.prune.write_json", lambda *a: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr("emo_select.experts.prune.pruning_metadata", lambda *a: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError, match="full"):
             prune_checkpoint(source, some, tmp_path / "pruned")  # all shards are there, the end is missing
     prune_checkpoint(source, other, tmp_path / "pruned")
