@@ -116,7 +116,7 @@ def _show_table(output_dir: str | None, runs: list[Run], *, as_json: bool) -> No
     models, tasks = ({getattr(run.spec, name) for run in runs} for name in ("model_directory", "task"))
     known = {run.task for run in records.runs}
     filters = tables.Filters(tuple(sorted(models)), tuple(sorted(tasks & known)))
-    made, _ = tables.make("methods", records, layout, filters=filters)
+    made, _ = tables.make("summary" if as_json else "methods", records, layout, filters=filters)
     if as_json:
         common.emit({table.name: table.records() for table in made})
     else:

@@ -12,7 +12,7 @@ from emo_select.checkpoint import Checkpoint, open_checkpoint, resolve
 from emo_select.errors import CheckpointError, ModelError
 from emo_select.models.config import EmoConfig, Olmo2NoQKNormPrenormConfig
 from emo_select.models.registration import register
-from emo_select.progress import interactive, say
+from emo_select.progress import say, track
 
 if TYPE_CHECKING:
     import torch
@@ -122,14 +122,14 @@ def _load_weights(
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    if not interactive():
-        disable_progress_bar()
+    disable_progress_bar()  # it would write across our own display
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint.directory, config=config, dtype=dtype, device_map=None if str(device) == "cpu" else device,
-            use_safetensors=True, trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True,
-            output_loading_info=True, **options,
-        )
+        with track("Loading weights"):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                checkpoint.directory, config=config, dtype=dtype, device_map=None if str(device) == "cpu" else device,
+                use_safetensors=True, trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True,
+                output_loading_info=True, **options,
+            )
     except (ValueError, ImportError) as error:  # an implementation or architecture that is not available here
         raise ModelError(f"{checkpoint.directory} cannot be loaded: {_sentence(error)}") from error
     except RuntimeError as error:
