@@ -242,11 +242,16 @@ def _sizes_above(axis: Axes, rows: Sequence[SummaryRow]) -> None:
     if not sizes or any(max(found) > 1.02 * min(found) for found in sizes.values()):
         return
     above = axis.secondary_xaxis("top")
-    ticks = _apart(sizes)
-    above.set_xticks(ticks, [f"{max(sizes[keep_k]) / 1e9:.2g}" for keep_k in ticks])
+    ticks, (unit, scale) = _apart(sizes), _unit(max(max(found) for found in sizes.values()))
+    above.set_xticks(ticks, [f"{max(sizes[keep_k]) / scale:.2g}" for keep_k in ticks])
     above.minorticks_off()
     above.tick_params(length=2, labelsize=6)
-    above.set_xlabel("weights (GB)", fontsize=6)
+    above.set_xlabel(f"weights ({unit})", fontsize=6)
+
+
+def _unit(largest: float) -> tuple[str, float]:
+    """A unit for sizes in bytes, and its bytes."""
+    return ("GB", 1e9) if largest >= 1e8 else ("MB", 1e6)
 
 
 # ---- calibration size ----
@@ -366,6 +371,8 @@ def pareto_figure(view: View) -> Figure | None:
     figure = _figure(2.8, width=4.5)
     axis = figure.subplots()
     handles: dict[str, Any] = {}
+    unit, scale = _unit(max(size for _, size, _ in points))
+    points = [(series, size / scale, mean) for series, size, mean in points]
     for (model, method, note), x, y in points:
         number = view.number(method)
         drawn = axis.plot(x, y, linestyle="", color=view.colour(model), marker=MARKERS[number % len(MARKERS)])[0]
@@ -376,7 +383,7 @@ def pareto_figure(view: View) -> Figure | None:
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
     axis.xaxis.set_minor_formatter(lambda size, _: f"{size:g}" if f"{size:e}"[0] in "25" else "")
-    axis.set_xlabel("weights on disk (GB)")
+    axis.set_xlabel(f"weights on disk ({unit})")
     axis.set_ylabel("mean over groups (%)")
     axis.set_title(f"{view.stage} finetuning")
     _legend(figure, handles)
@@ -384,7 +391,7 @@ def pareto_figure(view: View) -> Figure | None:
 
 
 def _points(view: View) -> list[tuple[tuple[str, str, str], float, float]]:
-    """Series, GB and mean per setting that has every group which at least half of the settings have."""
+    """Series, bytes and mean per setting that has every group which at least half of the settings have."""
     by_setting: dict[Setting, dict[str, SummaryRow]] = {}
     for row in view.usual():
         by_setting.setdefault(row.setting, {})[row.group] = row
@@ -396,7 +403,7 @@ def _points(view: View) -> list[tuple[tuple[str, str, str], float, float]]:
         values = [view.value(found[group]) for group in shared if group in found]
         if size and values and len(values) == len(shared):
             mean = fmean(100 * value.value for value in values if value)
-            points.append(((setting.model, setting.method, setting.note()), size / 1e9, mean))
+            points.append(((setting.model, setting.method, setting.note()), size, mean))
     return points
 
 

@@ -36,7 +36,7 @@ def test_every_kind_that_has_data_is_drawn_and_is_the_same_file_again(tree: Path
     again, _ = plot(records, layout, tmp_path / "two", kinds=["drops"], formats=["svg"])
     assert again[0].read_bytes() == files[3].read_bytes()
     text = files[0].read_text()
-    assert "demo/emo, Router" in text and "full model" in text and "weights (GB)" in text
+    assert "demo/emo, Router" in text and "full model" in text and "weights (MB)" in text
     assert "keep-k 4" in files[2].read_text() and "all" in files[2].read_text()
 
 
