@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -195,10 +196,18 @@ def _runs(models: list[str], tasks: list[str], keep_ks: list[str], methods: list
     return expand(Wanted(models, tasks, keep_ks, methods, settings), Tree.at(output_dir), checked(Execution, machine))
 
 
+def _process() -> tuple[int, int]:
+    """This process's number among those that torchrun started, and how many there are."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _execute(runs: Sequence[Run], stages: Sequence[str]) -> None:
     from emo_select.cli import plans
+    from emo_select.errors import SpecError
     from emo_select.pipeline import execute_all, plan
 
+    if _process()[1] > 1:
+        raise SpecError("Several processes cannot work on one run tree; under torchrun, give a folder with --out.")
     if not runs:
         return
     planned = [(run, plan(run, stages)) for run in runs]
@@ -242,8 +251,10 @@ def _standalone(models: list[str], keep_ks: list[str], schedules: list[str], met
 
 
 def _store(keep_set: KeepSet, folder: Path) -> Path:
-    keep_set.save(folder / "selection.json")
-    return folder / "selection.json"
+    path = folder / "selection.json"
+    if _process()[0] == 0:
+        keep_set.save(path)
+    return path
 
 
 def _folder(model: str, method: str, keep_k: KeepK) -> str:
@@ -271,7 +282,7 @@ def _keep_ks(model: str, keep_ks: list[str], schedules: list[str]) -> list[KeepK
 def _report(results: Sequence[Path], *, plot: bool, as_json: bool) -> None:
     from emo_select.experts.inspect import as_data, find_selections
 
-    if not results:
+    if not results or _process()[0] != 0:
         return
     found = find_selections(results)
     pictures = _draw(found, None, results) if plot else []

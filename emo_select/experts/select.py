@@ -94,7 +94,7 @@ def _calibrated(model: str, checkpoint: Checkpoint, wanted: Selection, out_dir: 
         found = select_layerwise(checkpoint, texts.token_ids, wanted.keep_ks, groups=texts.groups, weights=weights,
                                  num_shared=wanted.num_shared, score=wanted.score, options=options, work_dir=work_dir,
                                  about=about)
-        if work_dir:
+        if work_dir:  # every process has what it needs of it by now
             shutil.rmtree(work_dir, ignore_errors=True)
         return found
     activations = out_dir / "activations" if out_dir else None

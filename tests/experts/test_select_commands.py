@@ -101,6 +101,13 @@ def test_mistakes(tiny: Path, words: list[str], kind: type[Exception], message: 
     assert not Path("x").exists()
 
 
+def test_several_processes_need_out(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SpecError, match=r"torchrun.*--out"):
+        call("select", "-m", str(tiny), "-t", "demo_harbor", "-k", "4", "-o", "tree")
+    assert not Path("tree").exists()
+
+
 def test_activations_of_own_texts(tiny: Path) -> None:
     data = json.loads(call("activations", "-m", str(tiny), "--calibration", "own.txt", "--out", "stats", "--json"))
     assert data[0]["tokens"] == [14] and data[0]["experts_per_layer"] == [32] * 4
