@@ -403,7 +403,7 @@ def _points(view: View) -> list[tuple[tuple[str, str, str], float, float]]:
         values = [view.value(found[group]) for group in shared if group in found]
         if size and values and len(values) == len(shared):
             mean = fmean(100 * value.value for value in values if value)
-            points.append(((setting.model, setting.method, setting.note()), size, mean))
+            points.append(((setting.model, setting.method, setting.note()), float(size), mean))
     return points
 
 
