@@ -92,7 +92,8 @@ def _compare_scoring(model: Any, tokenizer: Any, requests: list[Instance]) -> di
     differences = [(abs(a[0] - b[0]), abs(a[0] - b[0]) / abs(b[0])) for a, b in zip(found, expected, strict=True)]
     return {
         "tokens_stock": _distinct_input_tokens(inputs),
-        "tokens_here": ours.counters.total, "tokens_least": Planner(inputs, 1).distinct_tokens, **_ratios(here, there),
+        "tokens_here": ours.counters.total, "tokens_least": Planner(inputs, 1).distinct_tokens,
+        "padding": ours.counters.padding, **_ratios(here, there),
         "max_difference": max(absolute for absolute, _ in differences),
         "outside_tolerance": sum(absolute > 5e-4 and relative > 2e-6 for absolute, relative in differences),
         "same_greedy": [score[1] for score in found] == [score[1] for score in expected],

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from emo_select.evaluate.prefixes import WORTH_A_BLOCK, Ids, common_prefix
+from emo_select.evaluate.prefixes import Ids, common_prefix
 from emo_select.evaluate.scoring import Counters, PrefixLayer, halved
 
+WORTH_CACHING = 64  # tokens of a common prefix, below which it is run with every row
 ROOM = 64  # positions that a cache grows by, so that most steps copy nothing
 LEAVE_SHARE = 8  # finished rows are dropped once they are at least one in this many: dropping copies the cache
 
@@ -188,7 +189,7 @@ def shared_length(prompts: Sequence[Ids]) -> int:
     """Length of the prefix that all prompts share and that is worth caching; every prompt keeps a token of its own."""
     ordered = sorted(prompts, key=lambda prompt: prompt.astype(">u4").tobytes())
     shared = min(common_prefix(ordered[0], ordered[-1]), min(map(len, prompts)) - 1)
-    return shared if len(prompts) > 1 and shared >= WORTH_A_BLOCK else 0
+    return shared if len(prompts) > 1 and shared >= WORTH_CACHING else 0
 
 
 def left_padded(prompts: Sequence[Ids]) -> tuple[torch.Tensor, torch.Tensor]:

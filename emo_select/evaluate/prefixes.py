@@ -1,10 +1,11 @@
-"""Which tokens to run once: inputs that share a prefix become a trie, cut into packs that fit one forward.
+"""Which tokens to run once: inputs that share a prefix become a trie, cut into packs that are rows of a forward.
 
 Legend: S inputs in lexicographic order, N tokens of a pack, P tokens of the cached prefix.
 
 In that order the tokens that an input adds to the trie are those after its longest common prefix (LCP) with the
-input before it, so trie sizes are differences of a cumulative sum. A prefix that more than one pack would need is
-run once and cached (a *block*); everything below it is run token by distinct token inside packs.
+input before it, so trie sizes are differences of a cumulative sum. A prefix that several packs would need is run once
+and cached (a *block*); everything below it is run token by distinct token inside packs. Packs are small, because the
+attention of each of their tokens computes on all of the others, seen or not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
-WORTH_A_BLOCK = 64  # a further cached prefix costs one more forward; it has to save at least this many tokens per pack
+BLOCK_COST = 128  # what one more forward costs besides its tokens, in tokens
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Pack:
 
 
 class Planner:
-    """Plans the blocks and packs of a list of inputs for packs of at most `budget` new tokens."""
+    """Plans the blocks and packs of a list of inputs, for packs of about `budget` new tokens, at most twice as many
+    where that keeps inputs together and a single input does not have more."""
 
     def __init__(self, inputs: Sequence[ScoredInput], budget: int) -> None:
         keys = [row.tokens.astype(">u4").tobytes() for row in inputs]  # big-endian bytes sort as the numbers do
@@ -99,7 +101,8 @@ class Planner:
                 continue
             inner = self.lcp[first + 1 : end]
             shared = int(min(inner.min(), self.free[first:end].min()))
-            if shared - block.length >= WORTH_A_BLOCK:
+            repeats = self._size(first, end, block.length) // self.budget  # packs that would run the prefix again
+            if repeats * (shared - block.length) > shared + BLOCK_COST:
                 block = Block(prefix=self.rows[first].tokens[:shared])
                 found.append(block)
             cuts = [first, *(first + 1 + np.flatnonzero(inner == inner.min())), end]
@@ -114,14 +117,21 @@ class Planner:
         added = np.cumsum(lengths - joins)
         packs, start = [], 0
         while start < len(rows):
-            spent = added[start] - (lengths[start] - base)
-            end = max(start + 1, int(np.searchsorted(added, spent + self.budget, side="right")))
-            if end < len(rows):
-                half = max(start + 1, int(np.searchsorted(added, spent + self.budget // 2, side="right")))
-                end = half + int(np.argmin(joins[half : end + 1])) if half < end else end
+            end = start + self._cut(joins[start:], added[start:] - added[start] + lengths[start] - base)
             packs.append([int(row) for row in rows[start:end]])
             start = end
         return packs
+
+    def _cut(self, joins: Ids, sizes: Ids) -> int:
+        """How many rows the next pack takes; a pack of the first n rows has `sizes[n - 1]` tokens.
+
+        Between half and twice the budget it ends where the least is shared with the next row.
+        """
+        if sizes[-1] <= self.budget:
+            return len(sizes)
+        early, late = (max(1, int(np.searchsorted(sizes, size, side="right")))
+                       for size in (self.budget // 2, 2 * self.budget))
+        return early + int(np.argmin(joins[early : late + 1])) if early < late else late
 
     def _join(self, a: int, b: int) -> int:
         """Longest common prefix of two rows of the sorted list, a < b."""

@@ -10,7 +10,7 @@ import torch
 from emo_select.evaluate.prefixes import ScoredInput
 from emo_select.evaluate.scoring import SharedPrefixScorer
 
-PROBE_PREFIX, PROBE_BUDGET = 70, 96  # long enough to be cached, and more than one pack
+PROBE_PREFIX, PROBE_PACK = 70, 16  # long enough to be cached, small enough for several rows
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 LOW_PRECISION_TOLERANCE = 0.15
 
@@ -43,7 +43,7 @@ def _probe_fails(model: Any) -> str | None:
     """Score a few made-up continuations packed and one by one; both have to agree."""
     inputs, targets = _probe(model.config.get_text_config().vocab_size)
     try:
-        scorer = SharedPrefixScorer(model, PROBE_BUDGET)
+        scorer = SharedPrefixScorer(model, 8 * PROBE_PACK, pack=PROBE_PACK)
         packed = {index: total for index, total, _ in scorer.score(inputs, targets)}
         plain = [_plain_score(model, row, target) for row, target in zip(inputs, targets, strict=True)]
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, NotImplementedError) as error:
