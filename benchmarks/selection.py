@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +86,22 @@ def speed(chosen: argparse.Namespace) -> None:
     source, warm = make_random_checkpoint(chosen.folder / "small"), tiny(chosen.folder)
     common = {"prompts": [32, 128], "threads": chosen.threads}
 
-    def run(code: str, keep_ks: list[int]) -> dict[str, Any]:
-        return measure(code, source, warm, keep_ks=keep_ks, **common)
+    def run(name: str, code: str, keep_ks: list[int]) -> dict[str, Any]:
+        found = measure(code, source, warm, keep_ks=keep_ks, **common)
+        print(f"{name}: wall {found['wall']:.2f} s, CPU {found['cpu']:.2f} s", file=sys.stderr, flush=True)
+        return found
 
-    ours, plain = run(OURS_LAYERWISE, [16]), run(PLAIN_LAYERWISE, [16])
-    assert ours["found"] == plain["found"], "the keep sets differ"
-    together = run(OURS_LAYERWISE, KEEP_KS)
-    assert together["found"]["16"] == plain["found"]["16"]
+    ours, together = run("ours", OURS_LAYERWISE, [16]), run("ours, five keep-k", OURS_LAYERWISE, KEEP_KS)
+    easy = run("ours, activations", OURS_EASY_EP, [])
+    plain = run("plain", PLAIN_LAYERWISE, [16])
+    assert ours["found"]["16"] == together["found"]["16"] == plain["found"]["16"], "the keep sets differ"
+    plain_easy = run("plain EASY-EP", PLAIN_EASY_EP, [])
     if chosen.five:
-        each = run(PLAIN_LAYERWISE, KEEP_KS)
-        assert each["found"] == together["found"], "the keep sets differ"
-        apart = {**each, "note": "measured"}
+        parts = [plain if k == 16 else run(f"plain, keep {k}", PLAIN_LAYERWISE, [k]) for k in KEEP_KS]
+        assert {k: v for part in parts for k, v in part["found"].items()} == together["found"], "the keep sets differ"
+        apart = {kind: sum(part[kind] for part in parts) for kind in ("wall", "cpu")} | {"note": "each measured"}
     else:
         apart = {"wall": 5 * plain["wall"], "cpu": 5 * plain["cpu"], "note": "five times the one above"}
-    easy, plain_easy = run(OURS_EASY_EP, []), run(PLAIN_EASY_EP, [])
     worst = max(abs(a - b) / b for x, y in zip(easy["found"], plain_easy["found"], strict=True)
                 for a, b in zip(x, y, strict=True) if b)
     rows = [ratio("layerwise, keep 16", plain, ours, "keep sets identical"),
