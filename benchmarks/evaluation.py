@@ -1,6 +1,6 @@
 """Shared-prefix evaluation beside lm-eval's own HFLM: same model, same requests, same process.
 
-    python benchmarks/evaluation.py --data-dir FOLDER [--docs 24] [--only hellaswag,mmlu] [--out results.json]
+    python benchmarks/evaluation.py --data-dir FOLDER [--docs 24] [--threads 1] [--only hellaswag,winogrande] [--out results.json]
 
 The model is a random EMO whose arithmetic outweighs the overhead of a forward; its tokenizer is a byte-level BPE
 trained on the texts of the tasks. Prints per task: tokens per document (stock, here, and the least possible: every
@@ -32,7 +32,7 @@ from emo_select.models import load_model
 from emo_select.tasks import get_tasks
 
 SIZES = {"layers": 4, "experts": 16, "hidden": 512, "width": 256, "heads": 8, "top_k": 4, "vocab": 4096}
-TASKS = {"hellaswag": 6.0, "mmlu_biology": 7.0, "mmlu_pro_law": 7.0, "arc_challenge": 5.0, "winogrande": 2.0}
+TASKS = {"hellaswag": 6.0, "mmlu_biology": 7.0, "mmlu_pro_psychology": 7.0, "arc_challenge": 5.0, "winogrande": 2.0}
 GENERATION, GENERATION_TARGET, NEW_TOKENS, ROWS = "gsm8k", 1.3, 96, 8
 MAX_LENGTH, STOCK_BATCH = 2048, 8
 
@@ -40,6 +40,7 @@ MAX_LENGTH, STOCK_BATCH = 2048, 8
 def main() -> None:
     options = _options()
     logging.disable(logging.WARNING)
+    torch.set_num_threads(options.threads)
     names = [name for name in (*TASKS, GENERATION) if name in (options.only or (*TASKS, GENERATION))]
     tasks = {name: get_tasks([name], data_dir=options.data_dir)[0] for name in names}
     requests = {name: _requests(task, options.docs) for name, task in tasks.items()}
@@ -60,6 +61,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--docs", type=int, default=24)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", type=lambda text: text.split(","))
     parser.add_argument("--out", type=Path)
     return parser.parse_args()

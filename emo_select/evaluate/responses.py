@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
@@ -41,7 +42,7 @@ class Text(Generation):
 
 
 Response = Score | Text
-FLUSH_EVERY = 64  # responses that a killed process may lose
+FLUSH_EVERY_S = 1.0  # what a killed process may lose
 
 
 class ResponseStore:
@@ -54,7 +55,7 @@ class ResponseStore:
         self.folder, self.model_key = folder, model_key
         self._known: dict[str, Stored] = {}
         self._file: TextIO | None = None
-        self._unflushed = 0
+        self._flushed = time.monotonic()
         for path in self._files():
             self._known.update(_read(path))
         if folder:
@@ -84,9 +85,9 @@ class ResponseStore:
         self._known[key] = stored
         if self._file:
             self._file.write(json.dumps([key, stored]) + "\n")
-            self._unflushed = (self._unflushed + 1) % FLUSH_EVERY
-            if not self._unflushed:
+            if time.monotonic() - self._flushed > FLUSH_EVERY_S:
                 self._file.flush()
+                self._flushed = time.monotonic()
 
     def learn(self, answers: Iterable[tuple[str, Stored]]) -> None:
         """Take over what other processes found; they keep it on disk."""
