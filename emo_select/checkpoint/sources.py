@@ -95,4 +95,5 @@ def _snapshot(source: str, revision: str | None) -> Path:
         raise ModelError(f"{source} has no revision {revision!r}.") from None
     except (LocalEntryNotFoundError, OSError) as error:
         raise ModelError(f"{source} is neither a folder nor in the Hub cache, and the Hub cannot be reached "
-                         f"({type(error).__name__}); check the name{near}, or fetch it where there is a network.") from None
+                         f"({type(error).__name__}); check the name{near}, or fetch it where there is a "
+                         "network.") from None

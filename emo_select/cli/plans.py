@@ -49,7 +49,8 @@ def summary(planned: Sequence[Planned]) -> list[str]:
     working = sum(any(step.action == "run" for step in steps) for _, steps in planned)
     lines = [f"{len(planned)} run{'s' * (len(planned) != 1)}, {working} with work to do."]
     if working:
-        time = "time not measured on this machine yet" if total.seconds is None else f"about {cost.duration(total.seconds)}"
+        known = total.seconds is not None
+        time = f"about {cost.duration(total.seconds or 0)}" if known else "time not measured on this machine yet"
         lines.append(f"To do: about {total.tokens:,} tokens forward, {total.bytes / 1e9:.2f} GB to write, {time}.")
     return lines
 

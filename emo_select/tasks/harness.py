@@ -17,7 +17,7 @@ def _not_averaged(values: Sequence[Any]) -> float:
     return math.nan
 
 
-class HarnessTask(LmEvalTask):  # type: ignore[misc]
+class HarnessTask(LmEvalTask):
     """Asks the first `limit` test documents of `task`; requests and metrics are those of `task` itself.
 
     `process_results` returns the metrics of one document; what else is published per document comes from
