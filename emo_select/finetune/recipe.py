@@ -5,6 +5,7 @@ Source: EMO paper (arXiv 2605.06663), finetuning appendix, and the released laun
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,13 @@ def require_gpus(execution: Execution, device: str) -> None:
     wanted = execution.num_gpus or 1
     if device == "cuda" and wanted > torch.cuda.device_count():
         raise UsageError(f"{wanted} GPUs were asked for and {torch.cuda.device_count()} are there; lower --gpus.")
+
+
+def require_tracker(execution: Execution) -> None:
+    """Raise `UsageError` when the tracker to report to is not installed."""
+    tracker = execution.report_to
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise UsageError(f"--report-to {tracker} needs the package {tracker}; run `pip install {tracker}`.")
 
 
 def micro_batch_size(training: Training, execution: Execution, world: int, longest: int) -> int:

@@ -123,6 +123,7 @@ def _checked_job(
     device = recipe.training_device(execution)
     recipe.precision(execution, device)
     recipe.require_gpus(execution, device)
+    recipe.require_tracker(execution)
     world = int(os.environ.get("WORLD_SIZE", "0")) or execution.num_gpus or 1
     with open_checkpoint(model_dir) as checkpoint:
         _check_model(checkpoint, tokens, training)

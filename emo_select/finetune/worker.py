@@ -105,6 +105,7 @@ def _prepared_model(job: Job, config: dict[str, Any]) -> tuple[Any, list[FrozenP
     from transformers.utils import logging
 
     from emo_select.finetune import freezing, lora, recipe
+    from emo_select.finetune.autocast import cast_experts
     from emo_select.models import load_model
 
     logging.disable_progress_bar()  # one bar is enough
@@ -113,6 +114,8 @@ def _prepared_model(job: Job, config: dict[str, Any]) -> tuple[Any, list[FrozenP
         str(job.model), dtype=precision.weights, trust_remote_code=job.execution.trust_remote_code
     )
     model.config.use_cache = False
+    if precision.autocast and is_moe(config):
+        cast_experts(model, family_of(config).experts_module)
     adapters = job.training.lora
     if adapters is None:
         return model, freezing.freeze(model, config, job.training.freeze), freezing.routed_parameters(model, config)

@@ -75,6 +75,7 @@ def test_own_data_then_merge_back(model, own_data, tmp_path):
         (["--task", "arc_easy"], "one of --task and --train-file"),
         (["--dtype", "float16"], "overflows"),
         (["--device", "cuda"], "GPUs were asked for"),
+        (["--report-to", "trackio"], "pip install trackio"),
     ],
 )
 def test_mistakes_are_one_sentence_before_the_model_is_loaded(changes, message, model, own_data, tmp_path, monkeypatch):
