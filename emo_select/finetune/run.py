@@ -54,7 +54,7 @@ class TrainReport:
     processes: int
     history: list[dict[str, float]] = field(default_factory=list)
     """Per optimiser step: loss and its parts (means per label of the step), learning rate, gradient norm before
-    clipping, tokens per second, and per layer routing entropy (nats) and the busiest expert's share."""
+    clipping, tokens per second. Routing is in `routing.json`, per layer."""
 
 
 def finetune(

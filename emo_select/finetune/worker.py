@@ -159,7 +159,8 @@ def _finish(job: Job, trainer: RecipeTrainer) -> None:
     """Write what the training measured; the report comes last and marks the training as complete."""
     from emo_select.finetune.routing import plot_routing
 
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    history = [{key: value for key, value in entry.items() if not key.startswith("routing_")} for entry in steps]
     if trainer.routing is not None and trainer.routing.snapshots:
         measured = {"layers": trainer.routing.layers, "snapshots": trainer.routing.snapshots}
         write_json(job.out / ROUTING_LOG, measured)
