@@ -138,8 +138,7 @@ def select(
     else:
         machine = {"device": device, "dtype": dtype, "memory_budget": memory_budget, "data_dir": data_dir}
         settings = {"calibration": texts, "score": score, "num_shared": num_shared}
-        runs = [run for run in _runs(common.listed(model), names, keep_ks, common.listed(method), settings, machine,
-                                     output_dir) if run.spec.selects]
+        runs = _runs(common.listed(model), names, keep_ks, common.listed(method), settings, machine, output_dir)
         _execute(runs, ["activations", "select"])
         results = [run.paths.selection for run in runs]
     _report(results, plot=plot, as_json=as_json)
@@ -189,11 +188,16 @@ def _need_out(out: Path | None, what: str) -> Path:
 
 def _runs(models: list[str], tasks: list[str], keep_ks: list[str], methods: list[str], settings: dict[str, Any],
           machine: dict[str, Any], output_dir: str | None) -> list[Run]:
+    from emo_select.errors import ModelError
     from emo_select.pipeline import Wanted, expand
     from emo_select.spec import Execution, checked
     from emo_select.tree import Tree
 
-    return expand(Wanted(models, tasks, keep_ks, methods, settings), Tree.at(output_dir), checked(Execution, machine))
+    runs = expand(Wanted(models, tasks, keep_ks, methods, settings), Tree.at(output_dir), checked(Execution, machine))
+    dense = next((run.spec.model for run in runs if not run.spec.selects), None)
+    if dense is not None:
+        raise ModelError(f"{dense} has no experts to select; `emo-select run` finetunes and evaluates it as it is.")
+    return runs
 
 
 def _process() -> tuple[int, int]:
