@@ -85,3 +85,37 @@ def test_a_mistake_is_one_sentence_and_nothing_is_left(words, said, tmp_path):
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_dense_model_cannot_be_selected_from(golden, tmp_path):
+    dense = str(golden / "models" / "dense_olmo2")
+    done = emo_select("select", "--model", dense, "--task", "demo_railway", "--keep-k", "4", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "`emo-select run` finetunes and evaluates it as it is" in done.stderr
+
+
+def test_too_little_disk_is_said_before_work(tmp_path):
+    """A checkpoint of a petabyte: headers that promise it, in a sparse file."""
+    import struct
+
+    config = {"model_type": "olmoe", "num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2,
+              "hidden_size": 2**20, "intermediate_size": 2**20}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shapes = {"mlp.gate.weight": [4, 2**20]}
+    for expert in range(4):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            shapes[f"mlp.experts.{expert}.{name}.weight"] = [2**20, 2**20]
+    header, at = {}, 0
+    for name, (rows, columns) in shapes.items():
+        end = at + 4 * rows * columns
+        header[f"model.layers.0.{name}"] = {"dtype": "F32", "shape": [rows, columns], "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
+    done = emo_select("run", "--model", str(tmp_path), "--task", "demo_railway", "--keep-k", "2", "--method", "random",
+                      "--output-dir", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert "GB free; free some space" in done.stderr
+    assert not list((tmp_path / "out").rglob("*.json"))
