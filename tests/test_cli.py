@@ -95,16 +95,16 @@ def test_a_dense_model_cannot_be_selected_from(golden, tmp_path):
 
 
 def test_too_little_disk_is_said_before_work(tmp_path):
-    """A checkpoint of a petabyte: headers that promise it, in a sparse file."""
+    """A checkpoint of three terabytes: headers that promise it, in a sparse file."""
     import struct
 
     config = {"model_type": "olmoe", "num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2,
-              "hidden_size": 2**20, "intermediate_size": 2**20}
+              "hidden_size": 2**18, "intermediate_size": 2**18}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shapes = {"mlp.gate.weight": [4, 2**20]}
+    shapes = {"mlp.gate.weight": [4, 2**18]}
     for expert in range(4):
         for name in ("gate_proj", "up_proj", "down_proj"):
-            shapes[f"mlp.experts.{expert}.{name}.weight"] = [2**20, 2**20]
+            shapes[f"mlp.experts.{expert}.{name}.weight"] = [2**18, 2**18]
     header, at = {}, 0
     for name, (rows, columns) in shapes.items():
         end = at + 4 * rows * columns
