@@ -86,7 +86,7 @@ def overhead(units: int, workers: int) -> None:
         start = time.perf_counter()
         local.run(control.paths, copies, control.submission.profile)
         took = time.perf_counter() - start
-    print(f"{units} fetch checks, {workers} worker(s): {took:.1f} s, {took / units * 1000:.0f} ms per unit, start included")
+    print(f"{units} fetch checks, {workers} worker(s): {took:.1f} s, {took / units * 1000:.0f} ms per unit")
 
 
 def _many(root: Path, units: int, profile: Profile) -> Control:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -329,6 +330,20 @@ def is_held(lock: Path) -> bool:
             return False
     except Timeout:
         return True
+
+
+def stop_holder(lock: Path) -> bool:
+    """Ask the process that holds the lock to stop (SIGTERM), if it is one of this machine; whether it was asked."""
+    if not is_held(lock):
+        return False
+    try:
+        seen = json.loads(lock.with_name(f"{lock.name}.holder").read_bytes())
+        if seen["host"] != socket.gethostname():
+            return False
+        os.kill(int(seen["pid"]), signal.SIGTERM)
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
 
 
 def _holder(path: Path) -> str:

@@ -158,11 +158,11 @@ def status(
 
 @app.command()
 def cancel(sweep: File, output_dir: common.OutputDir = None) -> None:
-    """Take back everything of a sweep that is in Slurm's queue. `resume` goes on from what was finished."""
+    """Take back what a sweep has in Slurm's queue, or stop it where it runs here. `resume` goes on from there."""
     from emo_select import progress
 
     count = _control(sweep, output_dir).cancel()
-    progress.say(f"{count} units taken back; what was finished is kept, `emo-select sweep resume` goes on.")
+    progress.say(f"{count} units taken back from Slurm; what was finished is kept, `emo-select sweep resume` goes on.")
 
 
 @app.command()

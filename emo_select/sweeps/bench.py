@@ -98,7 +98,7 @@ class Bench:
 
 
 def pending(bench: Bench, units: Iterable[Unit]) -> dict[str, Unit]:
-    """Units with work left, by name; `fetch` only where there is any other. A shared unit serves undone runs only."""
+    """Units with work left, by name; `fetch` only where there is any other."""
     found = {unit.name: unit for unit in units if unit.kind != "fetch" and bench.left(unit)}
     fetch = [unit for unit in units if unit.kind == "fetch" and found]
     return {unit.name: unit for unit in fetch} | found

@@ -15,7 +15,7 @@ from emo_select.sweeps.spec import SweepRun, expand_sweep
 from emo_select.sweeps.states import ALIVE, Standing, State, Watch
 from emo_select.sweeps.store import Job, Submission
 from emo_select.sweeps.work import halved
-from emo_select.tree import SweepPaths, Tree, exclusive, require_space
+from emo_select.tree import SweepPaths, Tree, exclusive, require_space, stop_holder
 
 OUT_OF_HOST_MEMORY = "OUT_OF_MEMORY"  # Slurm's word for it
 
@@ -96,9 +96,13 @@ class Control:
         return chosen
 
     def cancel(self) -> int:
-        """Take back everything that is in Slurm's queue; returns how many units that were."""
-        live = slurm.queue()
+        """Take back everything that is in Slurm's queue, and stop who carries the sweep out on this machine.
+
+        Returns how many units were in the queue.
+        """
+        stop_holder(self.paths.lock)
         arrays = store.arrays(self.paths)
+        live = slurm.queue() if arrays else {}
         mine = [array.job for array in arrays if array.job is not None]
         jobs = [job for job in live if job.split("_")[0] in mine]
         slurm.cancel({job.split("_")[0] for job in jobs} | set(slurm.orphans(self.paths, live)))

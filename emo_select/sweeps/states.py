@@ -83,8 +83,10 @@ class Watch:
         asked = [unit for unit in open_units if first or _may_be_done(tries.get(unit.name, ()))]
         left = pending(self.bench, asked)
         self._done |= {unit.name for unit in asked if unit.name not in left and unit.kind != "fetch"}
-        if all(unit.name in self._done or unit.kind == "fetch" for unit in self.units) or _fetched(tries):
-            self._done |= {unit.name for unit in self.units if unit.kind == "fetch"}
+        others = {unit.name for unit in self.units if unit.kind != "fetch"}
+        for unit in self.units:
+            if unit.kind == "fetch" and (others <= self._done or _may_be_done(tries.get(unit.name, ()))):
+                self._done.add(unit.name)
 
     def _standing(self, unit: Unit, tries: Sequence[Attempt], job: str | None, live: Mapping[str, slurm.Queued],
                   how: Mapping[str, str], before: Mapping[str, Standing]) -> Standing:
@@ -152,10 +154,6 @@ def _latest_jobs(arrays: Sequence[Array]) -> dict[str, str]:
 
 def _may_be_done(tries: Sequence[Attempt]) -> bool:
     return bool(tries) and tries[-1].outcome == "done"
-
-
-def _fetched(tries: Mapping[str, Sequence[Attempt]]) -> bool:
-    return any(attempts[-1].outcome == "done" and attempts[-1].kind == "fetch" for attempts in tries.values())
 
 
 def _in_queue(entry: slurm.Queued) -> tuple[State, str]:

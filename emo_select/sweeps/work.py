@@ -56,19 +56,10 @@ def perform(unit_file: Path) -> None:
     paths = Tree(Path(job.root)).sweep(job.sweep)
     progress.say(f"{job.unit.kind} {job.unit.label} ({job.unit.name})")
     with exclusive(paths.unit_lock(job.unit.name), wait=True), _recorded(paths, job) as notes:
-        try:
-            do(job, notes)
-        except Exception as error:
-            if not ran_out_of_memory(error):
-                raise
-            smaller = job.model_copy(update={"micro_batch_size": halved(job)})
-            progress.say(f"Out of memory; once more with micro-batches of {smaller.micro_batch_size}.")
-            notes |= {"out_of_memory": _sentence(error), "micro_batch_size": smaller.micro_batch_size}
-            retry = smaller
-        else:
-            return
-        _free_memory()
-        do(retry, notes)
+        smaller = _try(job, notes)
+        if smaller is not None:
+            _free_memory()
+            do(smaller, notes)
 
 
 def do(job: Job, notes: dict[str, Any]) -> None:
@@ -79,6 +70,23 @@ def do(job: Job, notes: dict[str, Any]) -> None:
     if unit.kind == "run":
         for item in unit.runs:
             drop_weights(bench.bind(item), job.keep_weights)
+
+
+def _try(job: Job, notes: dict[str, Any]) -> Job | None:
+    """Do the job; where the memory does not suffice, note that and return what to try instead.
+
+    A function of its own, so that the failed attempt's tensors are not held by its traceback any more.
+    """
+    try:
+        do(job, notes)
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        size = halved(job)
+        progress.say(f"Out of memory; once more with micro-batches of {size}.")
+        notes |= {"out_of_memory": _sentence(error), "micro_batch_size": size}
+        return job.model_copy(update={"micro_batch_size": size})
+    return None
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

@@ -14,12 +14,14 @@ from emo_select.sweeps.control import Control
 LONG_AGO = "2026-01-01T00:00:00+00:00"
 
 
-def finish(run: Run) -> None:
-    """Records that say of every stage of a run that skips selection that it is done."""
+def finish(run: Run, steps: tuple[int, ...] = ()) -> None:
+    """Records that say of every stage of a run that skips selection that it is done, with these checkpoints."""
     assert not run.spec.selects
     done = RunRecord(spec=run.spec)
-    for stage, fingerprint in (("finetune", run.fingerprint("finetune")),
-                               ("eval/checkpoint-0", checkpoint_fingerprint(run, 0))):
+    evaluated = {f"eval/checkpoint-{step}": checkpoint_fingerprint(run, step) for step in (0, *steps)}
+    for step in steps:
+        run.paths.checkpoint(step).mkdir(parents=True)
+    for stage, fingerprint in {"finetune": run.fingerprint("finetune"), **evaluated}.items():
         done = record.finish(run.paths, done, stage, fingerprint, [], Measurement(started=LONG_AGO), "cpu")
 
 

@@ -2,13 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from sweep_cases import finish, finished_sweep
+from sweep_cases import finish, finished_sweep, wait_until
 from typer.testing import CliRunner
 
 from emo_select import record
@@ -24,7 +26,7 @@ from emo_select.sweeps.profile import Profile
 from emo_select.sweeps.spec import SweepRun
 from emo_select.sweeps.states import State
 from emo_select.sweeps.store import Attempt, Job
-from emo_select.sweeps.work import halved, perform, ran_out_of_memory
+from emo_select.sweeps.work import drop_weights, halved, perform, ran_out_of_memory
 from emo_select.tree import Tree, exclusive
 
 SHORT = {"calibration": {"num_examples": 2}, "evaluation": {"limit": 4}}
@@ -69,6 +71,25 @@ def test_twins_train_once_and_weights_go_after_evaluation(make_sweep):
     [attempt] = store.attempts(control.paths)[control.units[-1].name]
     assert attempt.outcome == "done" and attempt.tokens > 0 and attempt.peak_memory > 2**20
     assert attempt.versions["torch"] and attempt.seconds > own["finetune"].seconds
+
+
+@pytest.mark.parametrize(("keep", "left"), [("none", []), ("last", [8]), ("all", [4, 8])])
+def test_evaluated_weights_are_dropped_as_asked(make_sweep, keep, left):
+    control = make_sweep(models=[{"id": "demo/emo", "selects": False}], keep_weights=keep)
+    run = control.bench.bind(control.runs[0])
+    finish(run, steps=(4, 8))
+    perform(jobs(control)["run"])
+    assert run.paths.checkpoint_steps() == left
+    assert all(step.action is not Action.RUN for step in plan(run))
+
+
+def test_weights_that_are_not_evaluated_yet_stay(make_sweep):
+    control = make_sweep(models=[{"id": "demo/emo", "selects": False}])
+    run = control.bench.bind(control.runs[0])
+    finish(run, steps=(4,))
+    run.paths.checkpoint(8).mkdir()
+    drop_weights(run, "none")
+    assert run.paths.checkpoint_steps() == [4, 8]
 
 
 def test_out_of_memory_is_tried_once_more_with_half_the_micro_batch(make_sweep, monkeypatch):
@@ -195,6 +216,19 @@ def test_the_local_executor_goes_round_what_failed(make_sweep, tmp_path):
     assert "texts.jsonl" in failed.reason and "texts.jsonl" in Path(failed.attempt.log).read_text()
 
 
+def test_a_worker_stops_when_who_started_it_is_gone(make_sweep, tmp_path):
+    control = finished_sweep(make_sweep, 1)
+    file, log = jobs(control)["run"], tmp_path / "log"
+    with exclusive(control.paths.unit_lock(control.units[-1].name)):
+        worker = subprocess.Popen([sys.executable, "-m", "emo_select.sweeps.worker"], stdin=subprocess.PIPE, text=True)
+        worker.stdin.write(f"{file}\t{log}\n")
+        worker.stdin.flush()
+        wait_until(lambda: log.exists() and control.units[-1].name in log.read_text())
+        worker.stdin.close()
+        assert worker.wait(60) == 128 + signal.SIGTERM
+    assert store.attempts(control.paths) == {}
+
+
 def test_workers_get_gpus_and_processors_of_their_own(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -285,7 +319,7 @@ def test_planning_a_sweep_imports_no_torch(tmp_path):
     code = ("import sys; from typer.testing import CliRunner; from emo_select.cli.app import app; "
             f"done = CliRunner().invoke(app, ['sweep', 'plan', {str(DEMO)!r}, '-o', {str(tmp_path)!r}]); "
             "assert done.exit_code == 0, done.output; assert not {'torch', 'lm_eval', 'pandas'} & set(sys.modules)")
-    subprocess.run([os.sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def _submission():
