@@ -1,10 +1,12 @@
 """Shared-prefix evaluation beside lm-eval's own HFLM: same model, same requests, same process.
 
-    python benchmarks/evaluation.py --data-dir FOLDER [--docs 24] [--threads 1] [--only hellaswag,winogrande] [--out results.json]
+    python benchmarks/evaluation.py --data-dir FOLDER [--docs 24] [--threads 1] [--only hellaswag,winogrande]
+                                    [--block FILE] [--out results.json]
 
 The model is a random EMO whose arithmetic outweighs the overhead of a forward; its tokenizer is a byte-level BPE
-trained on the texts of the tasks. Prints per task: tokens per document (stock, here, and the least possible: every
+trained on train texts of the tasks. Prints per task: tokens per document (stock, here, and the least possible: every
 distinct prefix token and every continuation once), wall and processor time, their ratios, and how the results differ.
+`--block` gives the published few-shot text of the one task named by `--only`, where the data at hand lacks its rows.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ from emo_select.evaluate.prefixes import Planner
 from emo_select.models import load_model
 from emo_select.tasks import get_tasks
 
-SIZES = {"layers": 4, "experts": 16, "hidden": 512, "width": 256, "heads": 8, "top_k": 4, "vocab": 4096}
+SIZES = {"layers": 6, "experts": 16, "hidden": 512, "width": 256, "heads": 8, "top_k": 4, "vocab": 8192}
 TASKS = {"hellaswag": 6.0, "mmlu_biology": 7.0, "mmlu_pro_psychology": 7.0, "arc_challenge": 5.0, "winogrande": 2.0}
 GENERATION, GENERATION_TARGET, NEW_TOKENS, ROWS = "gsm8k", 1.3, 96, 8
-MAX_LENGTH, STOCK_BATCH = 2048, 8
+MAX_LENGTH, STOCK_BATCH, TRAINING_TEXTS = 2048, 8, 2000
 
 
 def main() -> None:
@@ -42,9 +44,10 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(options.threads)
     names = [name for name in (*TASKS, GENERATION) if name in (options.only or (*TASKS, GENERATION))]
-    tasks = {name: get_tasks([name], data_dir=options.data_dir)[0] for name in names}
-    requests = {name: _requests(task, options.docs) for name, task in tasks.items()}
-    tokenizer = _tokenizer([request.args[0] for batch in requests.values() for request in batch])
+    tasks = {name: get_tasks([name], data_dir=options.data_dir)[0] for name in (*TASKS, GENERATION)}
+    block = options.block.read_text() if options.block else None
+    requests = {name: _requests(tasks[name], options.docs, block) for name in names}
+    tokenizer = _tokenizer([e.text for task in tasks.values() for e in task.examples("train", 0, TRAINING_TEXTS)])
     with tempfile.TemporaryDirectory() as folder:
         model = load_model(str(make_random_checkpoint(Path(folder) / "model", **SIZES)))
     rows = []
@@ -63,13 +66,20 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--docs", type=int, default=24)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", type=lambda text: text.split(","))
+    parser.add_argument("--block", type=Path)
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
-def _requests(task: Any, docs: int) -> list[Instance]:
-    harness = task.lm_eval_task(None, docs)
+def _requests(task: Any, docs: int, block: str | None) -> list[Instance]:
+    """Requests of documents spread evenly over the test split; `block` replaces the few-shot text."""
+    harness = task.lm_eval_task(None, None)
+    harness.docs = harness.docs[:: max(1, len(harness.docs) // docs)][:docs]
     harness.build_all_requests(limit=None, rank=0, world_size=1)
+    for request in harness.instances if block is not None else ():
+        context, continuation = request.args
+        own = task.prefix(request.doc)
+        request.arguments = (block + context[len(own):] if context.startswith(own) else context, continuation)
     return list(harness.instances)
 
 
