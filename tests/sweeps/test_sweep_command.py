@@ -1,0 +1,117 @@
+"""The `sweep` commands as a person meets them; the work itself is tested elsewhere."""
+
+import json
+import time
+
+import pytest
+from sweep_cases import finished_sweep
+from typer.testing import CliRunner
+
+from emo_select.cli.app import app
+from emo_select.errors import EmoSelectError, SpecError
+from emo_select.sweeps import store
+from emo_select.sweeps.store import Attempt
+
+
+def call(*words):
+    return CliRunner().invoke(app, ["sweep", *map(str, words)])
+
+
+@pytest.fixture
+def written(make_sweep, tmp_path):
+    """The file of a sweep of three runs, of which two are done, and the sweep."""
+    control = finished_sweep(make_sweep, 3, name="mine")
+    control.bench.bind(control.runs[2]).paths.record.unlink()
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps(control.submission.sweep.model_dump(mode="json", exclude_none=True)))
+    return file, control
+
+
+def failed(control):
+    """Record a failure of the run that is left, with a log."""
+    unit = control.units[-1]
+    log = control.paths.logs / "the.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("first line\nlast line\n")
+    store.save_attempt(control.paths, Attempt(
+        unit=unit.name, kind="run", number=1, outcome="failed", host="node1", pid=1, started=time.time(),
+        seconds=7200.0, error="The loss is [not] a number.", log=str(log)))
+    store.save_submission(control.paths, control.submission)
+
+
+def test_a_plan_says_what_is_done_and_why_the_rest_is_not(written):
+    file, control = written
+    done = call("plan", file, "-o", control.tree.root)
+    assert "mine: 3 runs, 2 done, 1 to do" in done.stdout and "1 × finetune: missing" in done.stdout
+    assert "give --tokens-per-second" in done.stdout
+
+
+def test_a_dry_run_prints_scripts_and_leaves_nothing(written, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no Slurm needed
+    file, control = written
+    done = call("submit", file, "-o", control.tree.root, "--dry-run", "--partition", "gpu", "--sbatch", "nice=100",
+                "--sbatch", "--exclusive")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("#!/bin/bash") == 2 and "#SBATCH --partition=gpu" in done.stdout
+    assert "#SBATCH --nice=100" in done.stdout and "#SBATCH --exclusive\n" in done.stdout
+    assert not control.paths.directory.exists()
+
+
+def test_status_names_the_failure_its_reason_and_its_log(written):
+    file, control = written
+    failed(control)
+    shown = call("status", "mine", "-o", control.tree.root).stdout
+    assert "The loss is [not] a number." in shown and str(control.paths.logs / "the.log") in shown
+    found = json.loads(call("status", file, "-o", control.tree.root, "--json").stdout)
+    assert found["states"] == {"done": 2, "missing": 1, "failed": 1}
+    [unit] = [unit for unit in found["units"] if unit["state"] == "failed"]
+    assert unit["failures"] == 1 and unit["attempt"]["host"] == "node1"
+
+
+def test_logs_of_a_run(written):
+    _, control = written
+    failed(control)
+    name = control.runs[2].spec.directory_name
+    assert call("logs", "mine", name, "-o", control.tree.root, "-n", 1).stdout == "last line\n"
+    missing = call("logs", "mine", control.runs[0].spec.directory_name + "_variant", "-o", control.tree.root)
+    assert isinstance(missing.exception, EmoSelectError)
+
+
+def test_a_report_shows_time_and_the_slowest(written):
+    _, control = written
+    failed(control)
+    shown = call("report", "mine", "-o", control.tree.root).stdout
+    assert "2.0 h" in shown and control.units[-1].label in shown and "node1 (1)" in shown
+
+
+def test_a_sweep_by_name_keeps_the_options_of_its_submission(written, monkeypatch):
+    file, control = written
+    changed = control.submission.model_copy(update={"profile": control.submission.profile.model_copy(
+        update={"partition": "gpu", "max_parallel": 4}), "keep_weights": "last"})
+    store.save_submission(control.paths, changed)
+    monkeypatch.setenv("PATH", "")
+    script = call("submit", "mine", "-o", control.tree.root, "--dry-run", "--time", "3h").stdout
+    assert "#SBATCH --partition=gpu" in script and "#SBATCH --time=180" in script
+    found = json.loads(call("plan", file, "-o", control.tree.root, "--json").stdout)
+    assert found["keep_weights"] == "last"
+
+
+def test_cancelling_what_was_never_handed_in(written):
+    file, control = written
+    done = call("cancel", file, "-o", control.tree.root)
+    assert done.exit_code == 0
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("name: a\nmodels: [demo/emo]\ntasks: [demo]\nkeepk: [2]\n", "did you mean 'keep_k'"),
+    ("- a\n", "must be a mapping"), ("a: [", "not valid YAML")])
+def test_a_wrong_file_is_one_sentence(tmp_path, text, message):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    done = call("plan", file, "-o", tmp_path)
+    assert message in str(done.exception)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    done = call("plan", tmp_path / "none.yaml", "-o", tmp_path)
+    assert isinstance(done.exception, SpecError) and "cannot be read" in str(done.exception)
