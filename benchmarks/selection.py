@@ -141,7 +141,7 @@ def estimate(chosen: argparse.Namespace) -> None:
     """The published shape: 16 layers × 128 experts, hidden 2048, width 1024, fp32."""
     layer = layer_bytes(16, 128, 2048, 1024)
     rows = []
-    for keep_k in KEEP_KS:
+    for keep_k in KEEP_KS[:-1]:  # keeping all 128 needs no pass
         shell, kept = layer - 128 * 3 * 2048 * 1024 * 4, keep_k * 3 * 2048 * 1024 * 4
         rows.append([keep_k, f"{(16 * shell + 15 * kept) / 1e9:.1f}", f"{(2 * shell + kept) / 1e9:.2f}"])
     print(f"One layer {layer / 1e9:.2f} GB; hidden states of a million tokens {1e6 * 2048 * 4 / 1e9:.1f} GB "

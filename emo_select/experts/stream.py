@@ -31,6 +31,7 @@ from emo_select.models.families import (
     ParameterSource,
     check_layout,
     experts_per_layer,
+    family_of,
     layer_parameters,
     read_parameter,
 )
@@ -143,7 +144,7 @@ class Skeleton:
         from transformers import AutoModelForCausalLM
 
         self.source, self.device, self.dtype = checkpoint.config, device, dtype
-        self.family = check_layout(checkpoint)
+        self.family = family_of(self.source)
         self.config = _transformers_config(self.source)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
