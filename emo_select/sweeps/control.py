@@ -129,27 +129,28 @@ class Control:
 
 
 def _with_less_memory(job: Job, standing: Standing) -> Job:
-    """After Slurm killed a unit for its memory there was no time to retry in place: do it now."""
+    """Keep a micro-batch that was cut before. Where Slurm killed the unit for its memory, nobody has cut it yet."""
     last = standing.attempt
-    if job.unit.kind != "run" or last is None or OUT_OF_HOST_MEMORY not in standing.reason:
+    if job.unit.kind != "run" or last is None:
         return job
     before = job.model_copy(update={"micro_batch_size": last.micro_batch_size})
-    return job.model_copy(update={"micro_batch_size": halved(before)})
+    killed = OUT_OF_HOST_MEMORY in standing.reason
+    return before.model_copy(update={"micro_batch_size": halved(before)}) if killed else before
 
 
 def find(standings: Sequence[Standing], text: str) -> Standing:
     """The unit whose name, or run directory, contains `text`. Raises `EmoSelectError` unless it is one."""
-    found = [standing for standing in standings if text in standing.unit.name or text in _directories(standing.unit)]
+    names = {standing.unit.name: _names(standing.unit) for standing in standings}
+    exact = [standing for standing in standings if text in names[standing.unit.name]]
+    found = exact or [standing for standing in standings if any(text in name for name in names[standing.unit.name])]
     if len(found) == 1:
         return found[0]
-    exact = [standing for standing in found if text in (standing.unit.name, standing.unit.label)]
-    if len(exact) == 1:
-        return exact[0]
     some = ", ".join(standing.unit.label for standing in found[:5])
     raise EmoSelectError(f"{len(found)} units match {text!r}{': ' + some if some else ''}; give one run's directory.")
 
 
-def _directories(unit: Unit) -> str:
-    if unit.kind != "run":
-        return unit.label
-    return " ".join(f"{item.spec.model_directory}/{item.spec.directory_name}" for item in unit.runs)
+def _names(unit: Unit) -> list[str]:
+    """What a unit may be called: its name, its label, and the directories of its runs."""
+    runs = [item.spec for item in unit.runs] if unit.kind == "run" else []
+    directories = [spec.directory_name for spec in runs]
+    return [unit.name, unit.label, *directories, *(f"{spec.model_directory}/{spec.directory_name}" for spec in runs)]

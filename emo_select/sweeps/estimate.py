@@ -60,6 +60,7 @@ class Estimator:
         self.bench = bench
         self._lengths: dict[tuple[str, str, int | None], float] = {}
         self._pruned: dict[tuple[str, int], int] = {}
+        self._stages: dict[SweepRun, set[str]] = {}
 
     def shared(self, units: Iterable[Unit]) -> Cost:
         """What is left of the units, each doing its work once."""
@@ -148,7 +149,10 @@ class Estimator:
         return Cost(evaluation_tokens=self.evaluation_tokens(item) if "eval" in self._todo(item) else 0)
 
     def _todo(self, item: SweepRun) -> set[str]:
-        return {step.stage for step in self.bench.steps(item) or () if step.action is Action.RUN}
+        if item not in self._stages:
+            steps = self.bench.steps(item) or ()
+            self._stages[item] = {step.stage for step in steps if step.action is Action.RUN}
+        return self._stages[item]
 
     def _measured(self, item: SweepRun) -> Iterator[tuple[str, int, float]]:
         done = record.load(self.bench.tree.run(item.spec))

@@ -281,6 +281,10 @@ def test_a_run_is_found_by_a_part_of_its_directory(make_sweep):
     control = make_sweep(methods=["random"], keep_k=[4, 8])
     standings = list(states(control).values())
     assert find(standings, "keepk_4").unit.runs[0].spec.keep_k == 4
+    longer = make_sweep(methods=["random"], variants=[{}, {"evaluation": {"limit": 3}}, {"training": {"seed": 1}}])
+    name = longer.runs[0].spec.directory_name
+    assert all(run.spec.directory_name.startswith(name) for run in longer.runs)
+    assert find(list(states(longer).values()), name).unit.runs[0] == longer.runs[0]
     with pytest.raises(EmoSelectError, match="2 units match 'demo_harbor'"):
         find(standings, "demo_harbor")
 
