@@ -75,6 +75,8 @@ RUN = ("run", "--model", "demo/emo", "--task", "demo", "--keep-k", "4")
         ((*RUN, "--output-dir", "/proc/x"), "choose another with --output-dir"),
         ((*RUN, "--score", "loudness"), "Unknown"),
         ((*RUN, "--device", "cuda:7"), "--device cpu"),
+        ((*RUN, "--gpus", "3"), "does not divide by 3 processes"),
+        ((*RUN, "--micro-batch-size", "5"), "do not divide"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_left(words, said, tmp_path):

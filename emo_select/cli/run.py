@@ -47,8 +47,9 @@ def run(
                                                    rich_help_panel=SCORE)] = None,
     limit: Annotated[int | None, typer.Option(min=1, show_default="all", help="First N test documents.",
                                               rich_help_panel=SCORE)] = None,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="Examples per forward pass.",
-                                                    rich_help_panel=MACHINE)] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(min=1, show_default="8, or fewer of long texts",
+                                                         help="Training examples per forward pass.",
+                                                         rich_help_panel=MACHINE)] = None,
     gpus: Annotated[int | None, typer.Option(min=0, show_default="one, or the CPU", help="GPUs for finetuning.",
                                              rich_help_panel=MACHINE)] = None,
     memory_budget: Annotated[str | None, typer.Option(help="For cached hidden states, such as 8GB.",
@@ -75,9 +76,9 @@ def run(
                      "checkpoints": checkpoints, "file": train_file},
         "evaluation": {"num_shots": eval_shots, "limit": limit},
     }
-    machine = {"device": device, "dtype": dtype, "micro_batch_size": micro_batch, "num_gpus": gpus,
-               "memory_budget": memory_budget,
-               "data_dir": data_dir, "trust_remote_code": trust_remote_code, "plots": plots}
+    machine = {"device": device, "dtype": dtype, "micro_batch_size": micro_batch_size, "num_gpus": gpus,
+               "memory_budget": memory_budget, "data_dir": data_dir,
+               "trust_remote_code": trust_remote_code, "plots": plots}
     runs = _expand(model, task, keep_k, method, settings, machine, output_dir, download=not dry_run)
     _run_all(runs, stages, force, output_dir, dry_run=dry_run, as_json=as_json)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from emo_select import progress
 from emo_select.errors import SpecError
 from emo_select.pipeline.runs import Run
-from emo_select.spec import Execution, RunSpec, parse_keep_k
+from emo_select.spec import Execution, RunSpec, Training, checked, parse_keep_k
 from emo_select.tree import Tree, require_space
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def expand(wanted: Wanted, tree: Tree, execution: Execution, *, download: bool =
     for name in ("models", "tasks", "keep_ks", "methods"):
         if not getattr(wanted, name):
             raise SpecError(f"Nothing to run: give at least one --{name.rstrip('s').replace('_', '-')}.")
-    _check_device(execution)
+    _check_machine(execution, checked(Training, wanted.settings.get("training", {})))
     tasks = get_tasks(wanted.tasks, data_dir=execution.data_dir)
     runs: list[Run] = []
     for model in dict.fromkeys(wanted.models):
@@ -53,11 +53,17 @@ def expand(wanted: Wanted, tree: Tree, execution: Execution, *, download: bool =
     return runs
 
 
-def _check_device(execution: Execution) -> None:
-    if execution.device not in ("auto", "cpu"):  # torch is asked only about a device that may not be there
+def _check_machine(execution: Execution, training: Training) -> None:
+    """Ask torch about devices, and the recipe about batches, only where something other than the default is wanted."""
+    if execution.device not in ("auto", "cpu"):
         from emo_select.experts import StreamOptions
 
         StreamOptions(device=execution.device).torch_device()
+    if execution.num_gpus or execution.micro_batch_size:
+        from emo_select.finetune import recipe
+
+        recipe.require_gpus(execution, recipe.training_device(execution))
+        recipe.micro_batch_size(training, execution, execution.num_gpus or 1, longest=1)
 
 
 @dataclass(frozen=True)
