@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,10 +123,10 @@ def select_together(runs: Sequence[Run]) -> None:
         for run in runs:
             locks.enter_context(exclusive(run.paths.lock))
         with record.measured() as measured:
-            chosen = _layerwise(runs[0], sorted({run.spec.keep_k for run in runs}))
+            chosen = _layerwise(runs[0], sorted({run.spec.keep_k for run in runs}), measured)
         for run in runs:
-            share = Measurement({"shared_by": len(runs)}, measured.started, measured.seconds / len(runs),
-                                measured.peak_memory, measured.peak_gpu_memory)
+            share = replace(measured, notes={**measured.notes, "shared_by": len(runs)},
+                            seconds=measured.seconds / len(runs))
             _store_selection(run, chosen[run.spec.keep_k], share)
         shutil.rmtree(runs[0].paths.selection_work, ignore_errors=True)
 
@@ -155,27 +155,28 @@ def _select(run: Run) -> None:
     if chosen and record.state(run.paths, chosen, "select", run.fingerprint("select"))[0] is record.State.DONE:
         return  # made together with those of other keep-k
     with record.measured() as measured:
-        keep_set = _choose(run)
+        keep_set = _choose(run, measured)
     _store_selection(run, keep_set, measured)
     shutil.rmtree(run.paths.selection_work, ignore_errors=True)
 
 
-def _choose(run: Run) -> KeepSet:
+def _choose(run: Run, measured: Measurement) -> KeepSet:
     from emo_select.experts import Scores, select_from_scores, select_random
 
     spec, config = run.spec, run.source.config
     if spec.method == "layerwise":
-        return _layerwise(run, [spec.keep_k])[spec.keep_k]
+        return _layerwise(run, [spec.keep_k], measured)[spec.keep_k]
     if spec.method == "random":
         return select_random(config, spec.keep_k, spec.calibration.seed, num_shared=spec.num_shared, about=_about(run))
     scores = Scores.load(run.tree.activations(spec))
     return select_from_scores(scores, spec.method, spec.keep_k, config, num_shared=spec.num_shared, about=_about(run))
 
 
-def _layerwise(run: Run, keep_ks: Sequence[int]) -> dict[int, KeepSet]:
+def _layerwise(run: Run, keep_ks: Sequence[int], measured: Measurement) -> dict[int, KeepSet]:
     from emo_select.experts import select_layerwise
 
     texts = calibration(run)
+    measured.notes["tokens"] = sum(map(len, texts.token_ids))  # for each keep-k
     found = select_layerwise(
         run.source, texts.token_ids, keep_ks, groups=texts.groups, num_shared=run.spec.num_shared, score=run.spec.score,
         options=stream_options(run), work_dir=run.paths.selection_work, about=_about(run),
