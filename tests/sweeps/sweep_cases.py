@@ -35,7 +35,7 @@ def finished_sweep(make: Callable[..., Control], count: int, **keys: object) -> 
     return control
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 240) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 540) -> None:
     """Wait for something that other processes do. Fails when it takes far longer than it ever should."""
     end = time.monotonic() + seconds
     while not condition():
