@@ -46,8 +46,12 @@ def slurm(shared_dir: Path) -> Iterator[None]:
 
 
 @pytest.fixture
-def make_sweep(tmp_path: Path) -> Callable[..., Control]:
-    """A sweep of the shipped model in a tree of its own: `make_sweep(profile={…}, root=…, **keys of the file)`."""
+def make_sweep(tmp_path: Path) -> Iterator[Callable[..., Control]]:
+    """A sweep of the shipped model in a tree of its own: `make_sweep(profile={…}, root=…, **keys of the file)`.
+
+    What a failing test leaves in the queue is taken back, or it would slow down the tests after it.
+    """
+    made: list[Control] = []
 
     def make(root: Path = tmp_path / "tree", profile: dict[str, object] | None = None, keep_weights: str = "all",
              **keys: object) -> Control:
@@ -55,6 +59,9 @@ def make_sweep(tmp_path: Path) -> Callable[..., Control]:
                 "execution": {"device": "cpu"}}
         sweep = checked(SweepSpec, {**base, **keys})
         settings = checked(Profile, {"time": "00:20:00", "cpus": 1, **(profile or {})})
-        return Control(Tree(root), Submission(sweep=sweep, keep_weights=keep_weights, profile=settings))
+        made.append(Control(Tree(root), Submission(sweep=sweep, keep_weights=keep_weights, profile=settings)))
+        return made[-1]
 
-    return make
+    yield make
+    for control in made if "SLURM_CONF" in os.environ else ():
+        control.cancel()
