@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from emo_select import progress
+from emo_select.cli import common
 from emo_select.errors import EmoSelectError
 
 # Order of the groups in --help; each module has `register(app)`.
@@ -47,7 +48,7 @@ def options(
     show_traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False,
 ) -> None:
     """Options that go before the command."""
-    progress.configure(quiet=quiet)
+    progress.configure(quiet=quiet or not common.is_first())
     _Shown.traceback = show_traceback
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(message)s")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated, Any
 
@@ -50,3 +51,28 @@ def emit(value: Any) -> None:
 def listed(values: list[str]) -> list[str]:
     """Flatten repeated and comma-separated values."""
     return [part.strip() for value in values for part in value.split(",") if part.strip()]
+
+
+def is_first() -> bool:
+    """Whether this process prints results: the only one, or the first that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def only_process(gpus: int | None) -> int | None:
+    """Under torchrun the first process goes on alone and the others end; returns over how many to finetune.
+
+    Only one process may write a run's directory; finetuning starts processes of its own there.
+    """
+    from emo_select.errors import SpecError
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return gpus
+    if not is_first():
+        raise typer.Exit
+    if os.environ.get("LOCAL_WORLD_SIZE", str(world)) != str(world):
+        raise SpecError("A run takes place on one machine; to finetune on several, give --model and --out.")
+    for name in list(os.environ):  # or this process would wait for the others
+        if name.endswith(("RANK", "WORLD_SIZE")) or name.startswith(("MASTER_", "TORCHELASTIC_")):
+            del os.environ[name]
+    return gpus or world

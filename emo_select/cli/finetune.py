@@ -113,7 +113,8 @@ def finetune(
     """
     from emo_select.spec import Execution, checked
 
-    machine = {"device": device, "dtype": dtype, "num_gpus": gpus, "micro_batch_size": micro_batch_size,
+    processes = gpus if run is None else common.only_process(gpus)
+    machine = {"device": device, "dtype": dtype, "num_gpus": processes, "micro_batch_size": micro_batch_size,
                "master_weights": master_weights, "gradient_checkpointing": gradient_checkpointing,
                "report_to": report_to, "data_dir": data_dir, "trust_remote_code": trust_remote_code, "plots": True}
     execution = checked(Execution, machine)
@@ -169,6 +170,8 @@ def _finetune_run(directory: Path, execution: Execution, named: bool, *, force: 
 def _show(report: TrainReport, where: str, *, as_json: bool) -> None:
     from dataclasses import asdict
 
+    if not common.is_first():
+        return
     if as_json:
         common.emit({"directory": where, **asdict(report)})
         return

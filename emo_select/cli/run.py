@@ -76,7 +76,8 @@ def run(
                      "checkpoints": checkpoints, "file": train_file},
         "evaluation": {"num_shots": eval_shots, "limit": limit},
     }
-    machine = {"device": device, "dtype": dtype, "micro_batch_size": micro_batch_size, "num_gpus": gpus,
+    machine = {"device": device, "dtype": dtype, "micro_batch_size": micro_batch_size,
+               "num_gpus": common.only_process(gpus),
                "memory_budget": memory_budget, "data_dir": data_dir,
                "trust_remote_code": trust_remote_code, "plots": plots}
     runs = _expand(model, task, keep_k, method, settings, machine, output_dir, download=not dry_run)

@@ -125,12 +125,12 @@ def training_arguments(
         use_cpu=device == "cpu",
         ddp_backend="gloo" if device == "cpu" and world > 1 else None,
         dataloader_pin_memory=device == "cuda",
-        **_sharding(config, world),
+        **sharding(config, world),
     )
 
 
-def _sharding(config: Mapping[str, Any], world: int) -> dict[str, Any]:
-    """Full sharding per decoder layer (FSDP2) on several processes, nothing on one."""
+def sharding(config: Mapping[str, Any], world: int) -> dict[str, Any]:
+    """The arguments for full sharding per decoder layer (FSDP2) on several processes; none on one."""
     if world == 1:
         return {}
     layer = family_of(config).layer_class if is_moe(config) else None

@@ -72,9 +72,9 @@ def finetune(
     With `training.file` its examples take the place of `examples`. A training that was interrupted continues; a
     complete one is not repeated. `replace` allows checkpoints of another model in `out_dir` to be deleted.
 
-    Raises, before a model is loaded: `UsageError` (no example left, too few GPUs, another model's checkpoints),
-    `TaskError` (a row or an answer that cannot be used), `SpecError` (batch sizes that do not divide, settings that
-    exclude each other), `DiskSpaceError`. During training: `NumericError` when it diverges.
+    Raises, before a model is loaded: `UsageError` (no example left, too few GPUs, another model's checkpoints, output
+    within the model's folder), `TaskError` (a row or an answer that cannot be used), `SpecError` (batch sizes that do
+    not divide, settings that exclude each other), `DiskSpaceError`. During training: `NumericError` when it diverges.
     """
     from emo_select.models import load_tokenizer
 
@@ -120,6 +120,8 @@ def _checked_job(
     model_dir: Path, tokens: TokenSet, out_dir: Path, training: Training, execution: Execution, pad_token: int
 ) -> Job:
     """The job, after everything that can be wrong with it has been looked at; no model is loaded."""
+    if out_dir.resolve().is_relative_to(model_dir.resolve()):  # checkpoint-0 would contain itself
+        raise UsageError(f"{out_dir} lies within the model that is trained; choose an output directory outside.")
     device = recipe.training_device(execution)
     recipe.precision(execution, device)
     recipe.require_gpus(execution, device)

@@ -1,19 +1,18 @@
 """The commands `finetune` and `merge-back`, on a shipped-size model with a real tokenizer and own data."""
 
 import json
+import os
 import shutil
 
 import pytest
-from finetune_cases import GOLDEN
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from finetune_cases import GOLDEN, letter_rows, letters
 from typer.testing import CliRunner
 
+from emo_select.cli import common
 from emo_select.cli.app import app
 from emo_select.errors import EmoSelectError
 
 CASE = "moe_shared1_k8"
-WORDS = ["<eos>", "<pad>", "a", "b", "c", "d"]
 
 
 @pytest.fixture
@@ -22,17 +21,13 @@ def model(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(GOLDEN / CASE / "model", folder)
     shutil.copy(GOLDEN / CASE / "merge" / "child_pruning_metadata.json", folder / "pruning_metadata.json")
-    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>")
-    tokenizer.save_pretrained(folder)
+    letters().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
 def own_data(tmp_path):
-    rows = [{"prompt": "ab" * (1 + index % 3), "completion": "cd"} for index in range(8)]
-    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "own.jsonl").write_text(letter_rows())
     return tmp_path / "own.jsonl"
 
 
@@ -43,6 +38,20 @@ def invoke(*arguments):
 def options(model, own_data, out):
     return ["finetune", "--model", model, "--train-file", own_data, "--out", out, "--device", "cpu", "--batch-size", 4,
             "--micro-batch-size", 2, "--lr", "1e-2"]  # fmt: skip
+
+
+def test_under_torchrun_one_process_does_a_run(monkeypatch):
+    """The first goes on alone, to start as many for finetuning; the others end before they do anything."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("RANK", "1")
+    assert invoke("finetune", "no-such-run").exit_code == invoke("run", "-m", "x", "-t", "y", "-k", 1).exit_code == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert "takes place on one machine" in str(invoke("finetune", "no-such-run").exception)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert common.only_process(None) == 2 and not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()
+    assert common.only_process(None) is None
 
 
 def test_own_data_then_merge_back(model, own_data, tmp_path):
@@ -84,6 +93,10 @@ def test_mistakes_are_one_sentence_before_the_model_is_loaded(changes, message, 
     assert isinstance(result.exception, EmoSelectError), result.output
     assert message in str(result.exception) and "\n" not in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_output_does_not_lie_within_the_model(model, own_data):
+    assert "choose an output directory outside" in str(invoke(*options(model, own_data, model / "tuned")).exception)
 
 
 def test_checkpoints_of_another_model_are_not_overwritten(model, own_data, tmp_path):
