@@ -1,15 +1,30 @@
 """Two CPU processes that shard the model (FSDP2 over gloo) against one: the golden run of one process."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from finetune_cases import CPU, GOLDEN, golden_tokens, golden_training
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from finetune_cases import CPU, GOLDEN, golden_tokens, golden_training, letter_rows, save_family
 from safetensors.torch import load_file
+from train_and_die import DIES_AFTER, train_family
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from typer.testing import CliRunner
 
+from emo_select.cli.app import app
 from emo_select.errors import EmoSelectError
+from emo_select.finetune import recipe
 from emo_select.finetune.run import finetune_tokens
+from emo_select.models import register
+from emo_select.models.families import FAMILIES
 
 CASE = "moe_shared1_k8"
+TRAINED = ("olmoe", "mixtral", "qwen3_moe")
 TWO = CPU.model_copy(update={"num_gpus": 2})
 
 
@@ -36,3 +51,76 @@ def test_two_processes_equal_one(tmp_path):
 def test_what_stops_one_process_is_told(tmp_path):
     with pytest.raises(EmoSelectError, match=r"diverged at step 1 .* last good checkpoint is .*checkpoint-0"):
         train(tmp_path / "out", TWO, loss_limit=0.001)
+
+
+def torchrun(*arguments):
+    """Run a script or `-m` module in two processes; its exit code, stdout and stderr."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, env=environment)
+
+
+def command(folder, out):
+    return ["--quiet", "finetune", "--model", folder / "mixtral", "--train-file", folder / "own.jsonl", "--out", out,
+            "--device", "cpu", "--batch-size", 4, "--micro-batch-size", 2, "--lr", "1e-2", "--epochs", 3,
+            "--checkpoints", 2, "--json"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A folder of models, trained by two processes, which then were killed in the training `killed`."""
+    folder = tmp_path_factory.mktemp("families")
+    for family in TRAINED:
+        save_family(family, folder / family)
+    (folder / "own.jsonl").write_text(letter_rows())
+    script = Path(__file__).parent / "train_and_die.py"
+    ended = torchrun(script, folder, ",".join(TRAINED), *command(folder, folder / "killed"))
+    assert "Signal 9" in ended.stderr, ended.stderr
+    return folder
+
+
+def require_same(sharded, alone):
+    """The same losses, up to the order of sums, and weights in the layout they had."""
+    for ours, theirs in zip(sharded, alone, strict=True):
+        for name, tolerance in {"loss": 1e-4, "ce_loss": 1e-4, "lb_loss": 1e-2, "grad_norm": 1e-3}.items():
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance), name
+
+
+@pytest.mark.parametrize("family", TRAINED)
+def test_families_are_sharded_too(killed, family):
+    report = json.loads((killed / f"{family}-two" / "training.json").read_text())
+    alone = train_family(killed, family, killed / f"{family}-one")
+    assert report["processes"] == 2 and alone.processes == 1 and len(alone.history) == 4
+    require_same(report["history"], alone.history)
+    old, new = (load_file(killed / f"{family}-two" / f"checkpoint-{n}" / "model.safetensors") for n in (0, 4))
+    one = load_file(killed / f"{family}-one" / "checkpoint-4" / "model.safetensors")
+    assert old.keys() == new.keys() and not any(old[name].equal(new[name]) for name in old)
+    assert all(new[name].shape == one[name].shape for name in one)
+
+
+def test_torchrun_goes_on_with_a_killed_training(killed):
+    """`torchrun -m emo_select finetune …` continues what two killed processes left; one of the two writes."""
+    out = killed / "killed"
+    state = json.loads((out / ".training" / "state" / "trainer_state.json").read_text())
+    assert state["global_step"] == DIES_AFTER and not (out / "training.json").exists()
+    ended = torchrun("-m", "emo_select", *command(killed, out))
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads(ended.stdout)  # one document: the second process prints nothing
+    assert report["processes"] == 2 and report["checkpoints"] == [0, 3, 6] and not (out / ".training").exists()
+    alone = CliRunner().invoke(app, [*map(str, command(killed, killed / "alone"))])
+    require_same(report["history"], json.loads(alone.stdout)["history"])
+    assert report["history"][:DIES_AFTER] == [
+        {name: entry[name] for name in report["history"][0]} for entry in state["log_history"]]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_family_is_sharded_per_decoder_layer(family, tmp_path):
+    """The wrapping that training asks for picks the decoder layers, all and alone."""
+    register()
+    config = AutoConfig.for_model(family.name, num_hidden_layers=2)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    asked = TrainingArguments(str(tmp_path), use_cpu=True, **recipe.sharding(config.to_dict(), 2))
+    wraps = fsdp2_prepare_auto_wrap_policy(FullyShardedDataParallelPlugin(**asked.fsdp_plugin_args), model)
+    assert [module for module in model.modules() if wraps(module)] == list(model.model.layers)
+    assert {type(layer).__name__ for layer in model.model.layers} == {family.layer_class}
