@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test lint types unit slurm clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +20,7 @@ demo: $(VENV)/installed  ## select, prune, finetune, evaluate and table the two 
 	$(BIN)/emo-select run --model demo/emo,demo/stdmoe --task demo_railway,demo_theater \
 	  --keep-k full,50%,25%,12.5% --method layerwise,easy_ep,random --micro-batch-size 32
 
-test: lint types unit  ## what CI runs
+test: lint types unit  ## everything but the tests on a real Slurm
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -29,7 +29,10 @@ types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 unit: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not slurm'
+
+slurm: $(VENV)/installed-dev  ## the tests that start a real one-node Slurm
+	$(BIN)/pytest -m slurm
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
