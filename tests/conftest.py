@@ -14,6 +14,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start, too
 import pytest
 import torch
 
+from emo_select import progress
+
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +27,12 @@ def no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def talkative() -> None:
+    """Talk is shown, whatever a test before has asked the program for."""
+    progress.configure(quiet=False)
 
 
 @pytest.fixture(scope="session")
