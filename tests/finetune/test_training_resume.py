@@ -22,7 +22,7 @@ KILLED = """
     import os, signal, sys
     sys.path.insert(0, {tests!r})
     from pathlib import Path
-    import test_resume
+    import test_training_resume
     from emo_select.finetune import saving
 
     save = saving.Keeper.save
@@ -33,7 +33,7 @@ KILLED = """
             os.kill(os.getpid(), signal.SIGKILL)
 
     saving.SAVING_SHARE, saving.Keeper.save = 1e9, save_and_die  # the state is written at every step
-    test_resume.train(Path({out!r}))
+    test_training_resume.train(Path({out!r}))
 """
 
 
