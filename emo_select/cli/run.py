@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emo_select.cli import common
-from emo_select.cli.common import MACHINE, RUN, SCORE, TRAIN
+from emo_select.cli import common, training
+from emo_select.cli.common import MACHINE, RUN, SCORE
+from emo_select.cli.training import Settings
 
 if TYPE_CHECKING:
     from emo_select.pipeline import Run
@@ -21,7 +22,9 @@ def register(app: typer.Typer) -> None:
     app.command(rich_help_panel="The whole path")(run)
 
 
+@training.spread
 def run(
+    *,
     model: common.Models,
     task: common.Tasks,
     keep_k: common.KeepKs,
@@ -35,23 +38,13 @@ def run(
     score: Annotated[str, typer.Option(help="What layerwise ranks by.", rich_help_panel=common.CALIBRATE)] = (
         "router_probability"
     ),
-    epochs: Annotated[float, typer.Option(min=0, help="Passes over the examples.", rich_help_panel=TRAIN)] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.", rich_help_panel=TRAIN)] = 32,
-    learning_rate: Annotated[str, typer.Option("--lr", help="As the directory will show it.",
-                                               rich_help_panel=TRAIN)] = "5e-5",
-    freeze: Annotated[str, typer.Option(help="none, routed, routed_shared or routed_shared_router.",
-                                        rich_help_panel=TRAIN)] = "none",
-    checkpoints: Annotated[int, typer.Option(min=1, help="Evenly spaced checkpoints.", rich_help_panel=TRAIN)] = 1,
-    train_file: Annotated[str | None, typer.Option(help="Own examples (JSONL).", rich_help_panel=TRAIN)] = None,
+    recipe: Settings,
+    adapters: Settings | None,
     eval_shots: Annotated[int | None, typer.Option(min=0, show_default="the task's", help="Few-shot examples.",
                                                    rich_help_panel=SCORE)] = None,
     limit: Annotated[int | None, typer.Option(min=1, show_default="all", help="First N test documents.",
                                               rich_help_panel=SCORE)] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(min=1, show_default="8, or fewer of long texts",
-                                                         help="Training examples per forward pass.",
-                                                         rich_help_panel=MACHINE)] = None,
-    gpus: Annotated[int | None, typer.Option(min=0, show_default="one, or the CPU", help="GPUs for finetuning.",
-                                             rich_help_panel=MACHINE)] = None,
+    machine: Settings,
     memory_budget: Annotated[str | None, typer.Option(help="For cached hidden states, such as 8GB.",
                                                       rich_help_panel=MACHINE)] = None,
     device: common.Device = "auto",
@@ -72,14 +65,12 @@ def run(
     settings: dict[str, Any] = {
         "score": score,
         "calibration": {"num_examples": num_examples, "seed": seed, "num_shots": num_shots, "file": calibration},
-        "training": {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "freeze": freeze,
-                     "checkpoints": checkpoints, "file": train_file},
+        "training": {**recipe, "lora": adapters},
         "evaluation": {"num_shots": eval_shots, "limit": limit},
     }
-    machine = {"device": device, "dtype": dtype, "micro_batch_size": micro_batch_size,
-               "num_gpus": common.only_process(gpus),
-               "memory_budget": memory_budget, "data_dir": data_dir,
-               "trust_remote_code": trust_remote_code, "plots": plots}
+    machine |= {"num_gpus": common.only_process(machine["num_gpus"]), "device": device, "dtype": dtype,
+                "memory_budget": memory_budget, "data_dir": data_dir, "trust_remote_code": trust_remote_code,
+                "plots": plots}
     runs = _expand(model, task, keep_k, method, settings, machine, output_dir, download=not dry_run)
     _run_all(runs, stages, force, output_dir, dry_run=dry_run, as_json=as_json)
 

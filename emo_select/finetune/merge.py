@@ -237,7 +237,7 @@ def _finetuned_checkpoint(child: Path) -> tuple[Path, Path]:
     steps = run.checkpoint_steps()
     source = run.checkpoint(steps[-1]) if steps else child
     if (source / "adapter_config.json").exists() and not (source / "config.json").exists():
-        raise CheckpointError(f"{source} is an adapter; finetune with --lora-merge to get a checkpoint.")
+        raise CheckpointError(f"{source} is an adapter; finetune with --lora --merge to get a checkpoint.")
     candidates = [source / METADATA, child / METADATA, run.selected_model / METADATA]
     metadata = next((path for path in candidates if path.exists()), None)
     if metadata is None:

@@ -50,6 +50,15 @@ def training_device(execution: Execution) -> str:
     return execution.device.partition(":")[0]
 
 
+def require_machine(execution: Execution) -> str:
+    """The device to train on; raises `UsageError` where this machine cannot train as asked."""
+    device = training_device(execution)
+    precision(execution, device)
+    require_gpus(execution, device)
+    require_tracker(execution)
+    return device
+
+
 def require_gpus(execution: Execution, device: str) -> None:
     """Raise `UsageError` when more GPUs are asked for than there are. On a CPU, `num_gpus` counts processes."""
     import torch

@@ -122,13 +122,11 @@ def _checked_job(
     """The job, after everything that can be wrong with it has been looked at; no model is loaded."""
     if out_dir.resolve().is_relative_to(model_dir.resolve()):  # checkpoint-0 would contain itself
         raise UsageError(f"{out_dir} lies within the model that is trained; choose an output directory outside.")
-    device = recipe.training_device(execution)
-    recipe.precision(execution, device)
-    recipe.require_gpus(execution, device)
-    recipe.require_tracker(execution)
+    device = recipe.require_machine(execution)
     world = int(os.environ.get("WORLD_SIZE", "0")) or execution.num_gpus or 1
     with open_checkpoint(model_dir) as checkpoint:
-        _check_model(checkpoint, tokens, training)
+        require_trainable(checkpoint, training)
+        _require_vocabulary(checkpoint, tokens)
         require_space(out_dir, checkpoint.total_bytes * (training.checkpoints + 3), "Finetuning")
         fingerprint = checkpoint.fingerprint
     return Job(
@@ -145,12 +143,16 @@ def _checked_job(
     )
 
 
-def _check_model(checkpoint: Checkpoint, tokens: TokenSet, training: Training) -> None:
+def require_trainable(checkpoint: Checkpoint, training: Training) -> None:
+    """Raise `UsageError` where this model has not what is to train, judging by names and counts."""
     if training.lora is not None:
         if training.freeze != "none":
             raise SpecError("LoRA leaves all weights of the model as they are; leave out --freeze or --lora.")
         lora_targets(checkpoint, training.lora)
     require_experts(checkpoint.config, training.freeze)
+
+
+def _require_vocabulary(checkpoint: Checkpoint, tokens: TokenSet) -> None:
     vocabulary = checkpoint.config.get("vocab_size")
     if vocabulary is not None and int(tokens.ids.max()) >= vocabulary:
         raise UsageError(

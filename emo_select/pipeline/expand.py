@@ -42,11 +42,13 @@ def expand(wanted: Wanted, tree: Tree, execution: Execution, *, download: bool =
     for name in ("models", "tasks", "keep_ks", "methods"):
         if not getattr(wanted, name):
             raise SpecError(f"Nothing to run: give at least one --{name.rstrip('s').replace('_', '-')}.")
-    _check_machine(execution, checked(Training, wanted.settings.get("training", {})))
+    training = checked(Training, wanted.settings.get("training", {}))
+    _check_machine(execution, training)
     tasks = get_tasks(wanted.tasks, data_dir=execution.data_dir)
     runs: list[Run] = []
     for model in dict.fromkeys(wanted.models):
         source = open_checkpoint(model, download=download)
+        _check_training(training, source)
         choices = list(_choices(model, source, wanted))
         for task in tasks:
             runs += [_bind(_spec(model, task, choice, wanted), tree, execution, source, task) for choice in choices]
@@ -59,11 +61,20 @@ def _check_machine(execution: Execution, training: Training) -> None:
         from emo_select.experts import StreamOptions
 
         StreamOptions(device=execution.device).torch_device()
-    if execution.num_gpus or execution.micro_batch_size:
+    if execution.num_gpus or execution.micro_batch_size or execution.report_to != "none":
         from emo_select.finetune import recipe
 
         recipe.require_gpus(execution, recipe.training_device(execution))
+        recipe.require_tracker(execution)
         recipe.micro_batch_size(training, execution, execution.num_gpus or 1, longest=1)
+
+
+def _check_training(training: Training, source: Checkpoint) -> None:
+    """The full model decides for the pruned one, too: pruning takes no kind of module away."""
+    if training.lora is not None or training.freeze != "none":
+        from emo_select.finetune import require_trainable
+
+        require_trainable(source, training)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,36 @@ def test_under_torchrun_one_process_does_a_run(monkeypatch):
     assert common.only_process(None) is None
 
 
+def plan(*arguments):
+    return invoke("run", "-m", "demo/emo", "-t", "demo_railway", "-k", 4, "--dry-run", "--json", *arguments)
+
+
+def test_a_run_trains_by_the_same_options():
+    """What is trained and how it is stored makes another run; who is told about it does not."""
+    asked = ["--packing", "--warmup", 0, "--lora", "--lora-rank", 2, "--lora-target", "attention", "--merge"]
+    results = [plan(*added, *told) for added in ([], asked, asked[:-1]) for told in ([], ["--gradient-checkpointing"])]
+    plain, _, lora, told, unmerged, _ = (json.loads(result.stdout)[0] for result in results)
+    training = lora["spec"]["training"]
+    assert training["packing"] and training["warmup"] == 0 and not plain["spec"]["training"]["lora"]
+    assert training["lora"] == {"rank": 2, "alpha": 32, "dropout": 0, "targets": ["attention"], "router": False,
+                                "shared": False, "merge": True}
+    assert plain["directory"].endswith("demo_railway_keepk_4_bs-32_lr-5e-5_epoch-1_selectivemode-layerwise")
+    assert len({plain["directory"], lora["directory"], unmerged["directory"]}) == 3
+    assert lora["directory"] == told["directory"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--lora", "--lora-target", "q_prj"], "did you mean 'q_proj'"),
+        (["--lora", "--freeze", "routed"], "leave out --freeze or --lora"),
+        (["--report-to", "trackio"], "pip install trackio"),
+    ],
+)
+def test_a_run_that_could_not_train_is_not_begun(changes, message):
+    assert message in str(plan(*changes).exception)
+
+
 def test_own_data_then_merge_back(model, own_data, tmp_path):
     out = tmp_path / "tuned"
     result = invoke(*options(model, own_data, out), "--checkpoints", 2, "--freeze", "routed", "--json")
@@ -79,6 +109,7 @@ def test_own_data_then_merge_back(model, own_data, tmp_path):
         (["--gpus", 3, "--batch-size", 4], "does not divide by 3 processes"),
         (["--freeze", "everything"], "freeze"),
         (["--lora", "--lora-target", "q_prj"], "did you mean 'q_proj'"),
+        (["--merge"], "add --lora"),
         (["--lora", "--freeze", "routed"], "leave out --freeze or --lora"),
         (["--max-length", 2], "raise --max-length"),
         (["--task", "arc_easy"], "one of --task and --train-file"),
