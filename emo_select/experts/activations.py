@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from emo_select.checkpoint import Checkpoint
+from emo_select.experts.batches import Batch
 from emo_select.experts.moe import Recorder
 from emo_select.experts.options import StreamOptions
 from emo_select.experts.passes import Meter, Pass
 from emo_select.experts.resume import Snapshots, shared_stage
-from emo_select.experts.scores import SUMS, LayerSums, Scores
+from emo_select.experts.scores import SUMS, LayerSums, Part, Scores
 from emo_select.experts.states import HiddenStates
 from emo_select.experts.stream import Embedded, Shell
 
@@ -102,11 +103,18 @@ class _Collection:
         attention = stage.skeleton.attention_half(shell)
         experts = stage.skeleton.experts_half(shell, weights, recorder=recorder)
         meter.layer(layer)
-        for batch in stage.batches:
+
+        def step(batch: Batch) -> list[Part]:
             if recorder is not None:
-                recorder.group_rows = stage.group_rows(batch)
+                recorder.begin(stage.group_rows(batch))
             states.write(batch.start, experts(attention(batch, self.source.read(batch))))
+            return recorder.parts if recorder else []
+
+        for batch, parts in stage.workers.map(step, stage.batches):
+            if recorder is not None:
+                recorder.sums.add(parts)
             meter.advance(batch.stop - batch.start)
+        stage.reader.recycle(weights)
         return recorder.sums if recorder else None
 
     def _prefetch(self, layer: int) -> None:

@@ -24,7 +24,7 @@ from emo_select.experts.options import StreamOptions
 from emo_select.experts.passes import Meter, Pass
 from emo_select.experts.resume import Snapshots
 from emo_select.experts.rules import KeepK, choose, full_set, resolve_keep_k
-from emo_select.experts.scores import criterion, layer_score, mixture
+from emo_select.experts.scores import LayerSums, Part, criterion, layer_score, mixture
 from emo_select.experts.states import HiddenStates
 from emo_select.experts.stream import AttentionHalf, Embedded, ExpertsHalf, Shell
 
@@ -94,6 +94,7 @@ class _Layerwise:
         self.stage, self.counts, self.score, self.parts = stage, counts, score, parts
         self.rule = criterion(score)
         self.branches: list[_Branch] = []
+        self.weights: dict[str, Tensor] = {}  # experts of the layer below
         self.scores: list[list[list[float] | None]] = [[] for _ in counts]
 
     def kept(self, request: int) -> Kept:
@@ -121,6 +122,8 @@ class _Layerwise:
         attention = stage.skeleton.attention_half(shell)
         self.branches = [branch for source in _distinct(self.branches)
                          for branch in self._advance(source, attention, observer, meter)]
+        stage.reader.recycle(self.weights)
+        self.weights = {}
         if observer is None:
             for branch in self.branches:
                 branch.kept.append(None)
@@ -137,15 +140,23 @@ class _Layerwise:
         members = [branch for branch in self.branches if branch.source is source]
         targets = [self.stage.new_states() for _ in members[1:]]
         targets.append(source if isinstance(source, HiddenStates) else self.stage.new_states())
-        for number, batch in enumerate(self.stage.batches):
-            below = source.read(batch)
+
+        def step(batch: Batch) -> list[list[Part]]:
+            below, found = source.read(batch), []
             for branch, target in zip(members, targets, strict=True):  # the last one writes where `below` lies
                 hidden = attention(batch, branch.half(below) if branch.half else below)
-                if observer is not None:
-                    observer.see(branch, batch, attention, hidden)
+                found.append(observer.see(branch, batch, attention, hidden) if observer else [])
                 target.write(batch.start, hidden)
+            return found
+
+        if observer is not None:
+            observer.begin(members)
+        for batch, found in self.stage.workers.map(step, self.stage.batches):
+            for branch, parts in zip(members, found, strict=True):
+                if observer is not None:
+                    observer.sums(branch).add(parts)
                 meter.advance((batch.stop - batch.start) * len(branch.requests))
-            if observer is not None and number == len(self.stage.batches) // 2:
+            if observer is not None and batch is self.stage.batches[len(self.stage.batches) // 2]:
                 observer.guess()
         for branch, target in zip(members, targets, strict=True):
             branch.source, branch.half = target, None
@@ -179,11 +190,11 @@ class _Layerwise:
         chosen = [branch.kept[shell.layer] or [] for branch in self.branches]
         loaded = observer.experts if observer and observer.experts else None
         union = sorted({expert for kept in chosen for expert in kept})
-        weights = loaded or self.stage.reader.experts(shell.layer, union)
+        self.weights = loaded or self.stage.reader.experts(shell.layer, union)
         place = {expert: expert if loaded else row for row, expert in enumerate(union)}
         for branch, kept in zip(self.branches, chosen, strict=True):
             rows = torch.tensor([place[expert] for expert in kept], device=self.stage.device)
-            branch.half = self.stage.skeleton.experts_half(shell, weights, kept=kept, rows=rows)
+            branch.half = self.stage.skeleton.experts_half(shell, self.weights, kept=kept, rows=rows)
 
     def _sources(self) -> list[HiddenStates]:
         return [source for source in _distinct(self.branches) if isinstance(source, HiddenStates)]
@@ -228,18 +239,24 @@ class _Observer:
         if run.rule.needs_experts:
             self.experts = run.stage.reader.experts(shell.layer, range(self._rules.experts))
 
-    def see(self, branch: _Branch, batch: Batch, attention: AttentionHalf, hidden: Tensor) -> None:
-        """A batch has passed this layer's attention: `hidden` (T, D)."""
-        recorder, all_experts = self._of(branch)
-        recorder.group_rows = self._run.stage.group_rows(batch)
+    def begin(self, branches: Sequence[_Branch]) -> None:
+        """These branches come next."""
+        for branch in branches:
+            self._recorders[id(branch)] = self._recorder()
+
+    def see(self, branch: _Branch, batch: Batch, attention: AttentionHalf, hidden: Tensor) -> list[Part]:
+        """A batch has passed this layer's attention: `hidden` (T, D); what it adds to the branch's sums."""
+        recorder, all_experts = self._recorders[id(branch)]
+        recorder.begin(self._run.stage.group_rows(batch))
         if all_experts is not None:
             all_experts(hidden)
         else:
             recorder.routed(*self._router(attention.router_input(batch)))
+        return recorder.parts
 
-    def sums(self, branch: _Branch) -> Any:
+    def sums(self, branch: _Branch) -> LayerSums:
         """The sums of a branch."""
-        return self._of(branch)[0].sums
+        return self._recorders[id(branch)][0].sums
 
     def guess(self) -> None:
         """With half of the tokens seen, let the disk fetch the experts that lead so far."""
@@ -254,17 +271,14 @@ class _Observer:
                 ahead |= set(choose(score, most, stage.rules[layer]))  # type: ignore[arg-type]
         stage.reader.warm(layer, sorted(ahead))
 
-    def _of(self, branch: _Branch) -> tuple[Recorder, ExpertsHalf | None]:
-        if id(branch) not in self._recorders:
-            stage, layer = self._run.stage, self._shell.layer
-            sums = stage.new_sums(layer, self._run.rule.sums)
-            assert self._rules is not None
-            recorder = Recorder(sums, self._rules, stage.reader.family.scoring)
-            half = None
-            if self.experts is not None:
-                half = stage.skeleton.experts_half(self._shell, self.experts, recorder=recorder)
-            self._recorders[id(branch)] = recorder, half
-        return self._recorders[id(branch)]
+    def _recorder(self) -> tuple[Recorder, ExpertsHalf | None]:
+        stage = self._run.stage
+        assert self._rules is not None
+        sums = stage.new_sums(self._shell.layer, self._run.rule.sums)
+        recorder = Recorder(sums, self._rules, stage.reader.family.scoring)
+        if self.experts is None:
+            return recorder, None
+        return recorder, stage.skeleton.experts_half(self._shell, self.experts, recorder=recorder)
 
 
 def _distinct(branches: Sequence[_Branch]) -> list[Embedded | HiddenStates]:

@@ -5,6 +5,7 @@ Shapes: T tokens, E experts of the layer, K experts per token, D hidden, S = T·
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,20 +14,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emo_select.experts.rules import LayerRules
-from emo_select.experts.scores import NEEDS_EXPERTS, LayerSums
+from emo_select.experts.scores import NEEDS_EXPERTS, LayerSums, Part
 
 GroupRows = Sequence[tuple[int, Tensor | None]]
 
 
-class Recorder:
-    """Adds to `sums` what router, experts and block of one layer show for each batch.
+class Recorder(threading.local):
+    """Sums up what router, experts and block of one layer show for a batch. Each thread records a batch of its own.
 
-    Set `group_rows` (see `Batch.group_rows`) before each batch. Only statistics that `sums` holds are computed.
+    Call `begin`, run the batch, and give what `parts` then holds to `sums`. Only statistics of `sums` are computed.
     """
 
     def __init__(self, sums: LayerSums, rules: LayerRules, scoring: str) -> None:
         self.sums, self.rules, self.scoring = sums, rules, scoring
-        self.group_rows: GroupRows = ((0, None),)
+        self.begin(((0, None),))
+
+    def begin(self, group_rows: GroupRows) -> None:
+        """Forget the last batch; the next one's rows belong to these groups (see `Batch.group_rows`)."""
+        self.parts: list[Part] = []
+        self._group_rows = group_rows
         self._index, self._gates, self._probability = torch.empty(0), torch.empty(0), torch.empty(0)
         self._norms: Tensor | None = None
 
@@ -78,12 +84,18 @@ class Recorder:
         return self._gates / torch.where(shared, shared_sum, routed_sum).clamp(min=torch.finfo(torch.float32).tiny)
 
     def _add(self, name: str, per_token: Tensor) -> None:
-        if name in self.sums.values:
-            self.sums.add(name, per_token, self.group_rows)
+        """Sum (T, E) in fp64 over the rows of each group."""
+        if name not in self.sums.values:
+            return
+        for group, rows in self._group_rows:
+            chosen = per_token if rows is None else per_token.index_select(0, rows.to(per_token.device))
+            self.parts.append((name, group, chosen.sum(dim=0, dtype=torch.float64)))
 
     def _add_chosen(self, name: str, per_choice: Tensor) -> None:
+        """Sum values (T, K) of the chosen experts, which are distinct for each token."""
         if name in self.sums.values:
-            self.sums.add_chosen(name, self._index, per_choice, self.group_rows)
+            dense = per_choice.new_zeros(len(per_choice), self.sums.experts)
+            self._add(name, dense.scatter_(1, self._index, per_choice))
 
 
 class StreamedExperts(nn.Module):
@@ -186,11 +198,17 @@ class NoExperts(nn.Module):
 
     def __init__(self, returns: Literal["tensor", "pair"]) -> None:
         super().__init__()
-        self.returns, self.seen = returns, torch.empty(0)
+        self.returns, self._of_thread = returns, threading.local()
+
+    @property
+    def seen(self) -> Tensor:
+        """The input of the calling thread's last batch."""
+        value: Tensor = self._of_thread.seen
+        return value
 
     def forward(self, hidden: Tensor) -> Any:
         """A zero that broadcasts, alone or with the router scores' place empty, as the block itself returns."""
-        self.seen = hidden
+        self._of_thread.seen = hidden
         zero = hidden.new_zeros(())
         return (zero, None) if self.returns == "pair" else zero
 

@@ -21,6 +21,7 @@ from emo_select.experts.scores import LayerSums
 from emo_select.experts.states import Budget, HiddenStates
 from emo_select.experts.stream import Embedded, Reader, Skeleton
 from emo_select.experts.team import Team
+from emo_select.experts.workers import Workers
 from emo_select.models.families import experts_per_layer
 
 EVERYTHING = "all"  # the group of examples that were given none
@@ -46,6 +47,7 @@ class Pass:
         self.batches = pack([len(ids) for ids in self._ids], options.batch_tokens())
         self.rows = self.batches[-1].stop if self.batches else 0
         self.budget = Budget(self.device, options.budget_bytes(), options.scratch)
+        self.workers = Workers(self.device)
         self.reader = Reader(checkpoint, self.device, self.dtype)
         self.skeleton = Skeleton(checkpoint, self.device, self.dtype)
         self.key = _digest(checkpoint.fingerprint, self.dtype, options.batch_tokens(), self.team.size, num_shared,
@@ -93,6 +95,7 @@ class Pass:
             with torch.inference_mode(), progress.track(what, total=self.layers * self.rows * streams) as bar:
                 yield Meter(bar, self.layers)
         finally:
+            self.workers.close()
             self.reader.close()
 
 

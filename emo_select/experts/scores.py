@@ -67,6 +67,10 @@ def criterion(name: str) -> Criterion:
     return CRITERIA[name]
 
 
+Part = tuple[str, int, Tensor]
+"""Name of a sum, group, and (E,) in fp64: what one batch adds to it."""
+
+
 class LayerSums:
     """Sums (G, E) in fp64 of one MoE layer."""
 
@@ -79,17 +83,10 @@ class LayerSums:
         """E."""
         return next(iter(self.values.values())).shape[1]
 
-    def add(self, name: str, per_token: Tensor, group_rows: Sequence[tuple[int, Tensor | None]]) -> None:
-        """Add (T, E), summed in fp64 over the rows of each group."""
-        for group, rows in group_rows:
-            chosen = per_token if rows is None else per_token.index_select(0, rows.to(per_token.device))
-            self.values[name][group] += chosen.sum(dim=0, dtype=torch.float64)
-
-    def add_chosen(self, name: str, index: Tensor, per_choice: Tensor,
-                   group_rows: Sequence[tuple[int, Tensor | None]]) -> None:
-        """Add values (T, K) of the chosen experts `index` (T, K), which are distinct for each token."""
-        dense = torch.zeros(len(index), self.experts, dtype=per_choice.dtype, device=index.device)
-        self.add(name, dense.scatter_(1, index, per_choice), group_rows)
+    def add(self, parts: Iterable[Part]) -> None:
+        """Add what `Recorder` found in a batch."""
+        for name, group, sums in parts:
+            self.values[name][group] += sums
 
     def check(self, layer: int) -> None:
         """Raise `NumericError` naming layer and expert of the first sum that is not finite."""

@@ -11,6 +11,7 @@ alone, by transformers' own code:
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from emo_select.checkpoint import Checkpoint
+from emo_select.checkpoint.header import DTYPES
 from emo_select.errors import CheckpointError, ModelError, NumericError
 from emo_select.experts.batches import Batch
 from emo_select.experts.keepset import KeepSet
@@ -33,9 +35,11 @@ from emo_select.models.families import (
     experts_per_layer,
     family_of,
     layer_parameters,
+    parameter_shape,
     read_parameter,
 )
 
+READERS = 4  # threads that read a layer's experts: disks and page cache serve several requests at a time
 EMBEDDING = "model.embed_tokens.weight"
 FIRST_NORMS = ("input_layernorm", "pre_attention_layernorm")  # feed attention alone, so the experts half needs none
 
@@ -62,7 +66,9 @@ class Reader:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.family = check_layout(checkpoint)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._readers = ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="read")
         self._ahead: dict[tuple[str, int], Future[Any]] = {}
+        self._spare: dict[str, Tensor] = {}
 
     def shell(self, layer: int) -> Shell:
         """The layer's shell, from the prefetch if there is one."""
@@ -73,6 +79,10 @@ class Reader:
         """Expert tensors by name (gate_up_proj, down_proj, …) with `kept` on axis 0, in the compute precision."""
         ahead = self._ahead.pop(("experts", layer), None)
         return ahead.result() if ahead else self._read_experts(layer, kept)
+
+    def recycle(self, weights: Mapping[str, Tensor]) -> None:
+        """Take back the memory of experts that are no longer used: fresh memory costs more than reading does."""
+        self._spare |= {name: tensor.view(-1) for name, tensor in weights.items() if tensor.device.type == "cpu"}
 
     def prefetch_shell(self, layer: int) -> None:
         """Start reading the next shell."""
@@ -95,36 +105,56 @@ class Reader:
         return self._finite(name, self.checkpoint.read(name, rows)).to(self.device, self.dtype)
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the threads."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._readers.shutdown(wait=True, cancel_futures=True)
 
     def _read_shell(self, layer: int) -> Shell:
         sources = layer_parameters(self.checkpoint, layer, experts=())
         names = [source.parameter.removeprefix(f"model.layers.{layer}.") for source in sources]
-        tensors = {name: self._read(source).to(self.device) for name, source in zip(names, sources, strict=True)}
+        values = [self._finite(source.tensor or source.parameter, read_parameter(self.checkpoint, source))
+                  for source in sources]
+        tensors = {name: value.to(self.device) for name, value in zip(names, values, strict=True)}
         rows = frozenset(name for name, source in zip(names, sources, strict=True)
                          if source.tensor is not None and self.family.role(source.tensor).kind == "rows")
         return Shell(layer, tensors, rows)
 
     def _read_experts(self, layer: int, kept: Sequence[int]) -> dict[str, Tensor]:
-        return {source.parameter.rpartition(".")[2]: self._read(source).to(self.device, self.dtype)
+        return {source.parameter.rpartition(".")[2]: self._read_fused(source).to(self.device, self.dtype)
                 for source in self._expert_sources(layer, kept)}
+
+    def _read_fused(self, source: ParameterSource) -> Tensor:
+        """One parameter of all experts; those that lie apart on disk are read by several threads."""
+        values = self._room(source)
+        if source.tensor is not None:
+            return self._finite(source.tensor, read_parameter(self.checkpoint, source, values))
+        step = -(-len(source.blocks) // READERS)
+        parts = [slice(at, at + step) for at in range(0, len(source.blocks), step)]
+
+        def read(part: slice) -> None:
+            some = ParameterSource(source.parameter, blocks=source.blocks[part])
+            read_parameter(self.checkpoint, some, values[part])
+
+        list(self._readers.map(read, parts))
+        if not _is_finite(values):
+            for names, block in zip(source.blocks, values, strict=True):
+                self._finite(" or ".join(names), block)
+        return values
+
+    def _room(self, source: ParameterSource) -> Tensor:
+        """Memory for a parameter, that of an earlier layer if it suffices."""
+        shape, stored = parameter_shape(self.checkpoint, source)
+        dtype, size = getattr(torch, DTYPES[stored][1]), math.prod(shape)
+        spare = self._spare.pop(source.parameter.rpartition(".")[2], None)
+        if spare is None or spare.dtype != dtype or len(spare) < size:
+            spare = torch.empty(size, dtype=dtype)
+        return spare[:size].view(shape)
 
     def _expert_sources(self, layer: int, kept: Sequence[int]) -> list[ParameterSource]:
         return [source for source in layer_parameters(self.checkpoint, layer, kept) if source.is_experts]
 
-    def _read(self, source: ParameterSource) -> Tensor:
-        values = read_parameter(self.checkpoint, source)
-        if source.blocks:
-            for names, block in zip(source.blocks, values, strict=True):
-                self._finite(names[0] if len(names) == 1 else f"{names[0]} or {names[1]}", block)
-            return values
-        return self._finite(source.tensor or source.parameter, values)
-
     def _finite(self, name: str, values: Tensor) -> Tensor:
-        # a sum is one pass over memory; only if it overflows or meets NaN is every element looked at
-        if values.is_floating_point() and not values.sum(dtype=torch.float32).isfinite() \
-                and not values.isfinite().all():
+        if not _is_finite(values):
             raise NumericError(f"The weights {name} of {self.checkpoint.directory} contain NaN or infinity; download "
                                "or save the checkpoint again.")
         return values
@@ -150,12 +180,14 @@ class Skeleton:
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         self.base: Any = model.model.eval()
         self._classes = [type(layer) for layer in self.base.layers]
-        self.base.layers = nn.ModuleList(_Skip() for _ in self._classes)
         self.base.embed_tokens, self.base.norm = nn.Identity(), nn.Identity()
         self.base.rotary_emb = type(self.base.rotary_emb)(self.config).to(device)
 
     def attention_half(self, shell: Shell) -> AttentionHalf:
-        """Attention of the shell's layer; afterwards `router_input` holds what its router and experts would see."""
+        """Attention of the shell's layer; it takes the place of the one before.
+
+        Afterwards `router_input` is what the layer's router and experts would see.
+        """
         layer = self._layer(shell.layer, self.config)
         block = layer.get_submodule(self.family.moe_module)
         # a block whose router is called `router` (gpt_oss) returns its scores too
@@ -163,7 +195,8 @@ class Skeleton:
         setattr(layer, self.family.moe_module, stand_in)
         tensors = {name: t for name, t in shell.tensors.items() if not name.startswith(f"{self.family.moe_module}.")}
         fill(layer, tensors, self.dtype, shell.layer)
-        return AttentionHalf(self.base, shell.layer, layer, stand_in)
+        self.base.layers = nn.ModuleList(layer if i == shell.layer else _Skip() for i in range(len(self._classes)))
+        return AttentionHalf(self.base, stand_in)
 
     def router(self, shell: Shell) -> nn.Module:
         """The router of the unpruned layer."""
@@ -216,20 +249,15 @@ class Skeleton:
 class AttentionHalf:
     """r = x + attention(norm(x)) of one layer, with the mask and rotary tables that the model itself makes."""
 
-    def __init__(self, base: Any, index: int, layer: nn.Module, stand_in: NoExperts) -> None:
-        self._base, self._index, self._layer, self._stand_in = base, index, layer, stand_in
+    def __init__(self, base: Any, stand_in: NoExperts) -> None:
+        self._base, self._stand_in = base, stand_in
 
     def __call__(self, batch: Batch, hidden: Tensor) -> Tensor:
         """(T, D) packed → (T, D) packed."""
-        self._base.layers[self._index] = self._layer
-        try:
-            output = self._base(inputs_embeds=batch.pad(hidden), use_cache=False).last_hidden_state
-        finally:
-            self._base.layers[self._index] = _Skip()
-        return batch.unpad(output)
+        return batch.unpad(self._base(inputs_embeds=batch.pad(hidden), use_cache=False).last_hidden_state)
 
     def router_input(self, batch: Batch) -> Tensor:
-        """(T, D): what the router of this layer gets for the batch that just went through."""
+        """(T, D): what the router of this layer gets for the batch that just went through, in this thread."""
         return batch.unpad(self._stand_in.seen)
 
 
@@ -263,6 +291,12 @@ class Embedded:
         ids = np.concatenate([self._ids[example] for example in batch.examples])
         rows = torch.from_numpy(np.searchsorted(self._used, ids))
         return self._table[rows.to(self._table.device)]
+
+
+def _is_finite(values: Tensor) -> bool:
+    # a sum is one pass over memory; only if it overflows or meets NaN is every element looked at
+    return not values.is_floating_point() or bool(values.sum(dtype=torch.float32).isfinite()) \
+        or bool(values.isfinite().all())
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, layer: int) -> None:

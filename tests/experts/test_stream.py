@@ -203,6 +203,21 @@ def test_batches_and_memory_change_nothing(loaded: Loaded, name: str, options: S
         assert_equal_scores(again[keep].scores or (), kept[keep].scores or ())
 
 
+@pytest.mark.parametrize("name", ["emo_densefirst", "gpt_oss", "deepseek_v3"])
+def test_cores_change_nothing(loaded: Loaded, name: str) -> None:
+    _, checkpoint = loaded(name)
+    options, groups, found = StreamOptions(token_budget=24), list("abcaabcb"), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            scores = collect_activations(checkpoint, prompts(), groups, options=options)
+            sums = [layer and {name: values.tolist() for name, values in layer.values.items()} for layer in scores.layers]
+            found.append((sums, select_layerwise(checkpoint, prompts(), [6, 9], score="easy_ep", options=options)))
+        finally:
+            torch.set_num_threads(1)
+    assert found[0] == found[1]
+
+
 def test_groups_can_be_scored_again_alone(loaded: Loaded) -> None:
     _, checkpoint = loaded("emo_shared1")
     ids, groups = prompts(), ["a", "b", "a", "c", "b", "a", "c", "a"]
