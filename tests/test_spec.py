@@ -74,7 +74,8 @@ def test_settings_without_a_published_name_never_share_a_directory():
     names = [
         name(), name(score="reap"), name(num_shared=0), name(training={"freeze": "routed"}),
         name(training={"weight_decay": 0.1}), name(training={"packing": True}), name(training={"lora": {}}),
-        name(training={"lora": {"rank": 4}}), name(training={"lora": {"merge": True}}), name(calibration={"max_length": 9}), name(evaluation={"limit": 3}),
+        name(training={"lora": {"rank": 4}}), name(training={"lora": {"merge": True}}),
+        name(calibration={"max_length": 9}), name(evaluation={"limit": 3}),
     ]
     assert len(set(names)) == len(names)
     assert name(training={"freeze": "none"}) == name()

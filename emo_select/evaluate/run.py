@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from emo_select import progress
 from emo_select.checkpoint import open_checkpoint
-from emo_select.errors import SpecError, UnknownNameError
+from emo_select.errors import SpecError, UnknownNameError, UsageError
 from emo_select.evaluate import parallel
 from emo_select.evaluate.responses import ResponseStore
 from emo_select.evaluate.results import Heading, Outcome, finished_metrics, write_results
+from emo_select.models.adapters import adapter_fingerprint, base_and_adapter, merge_adapter
 from emo_select.spec import digest
 from emo_select.tasks.base import Task
 
@@ -100,10 +101,11 @@ class Evaluator:
     @cached_property
     def model_hash(self) -> str:
         """Digest of the weights and of every setting that changes a response."""
-        options = self.options
-        with open_checkpoint(self.model) as checkpoint:
+        options, (base, adapter) = self.options, base_and_adapter(self.model)
+        with open_checkpoint(base) as checkpoint:
             identity = {"model": checkpoint.fingerprint, "dtype": options.precision, "max_length": options.max_length,
                         "add_bos_token": options.add_bos_token}
+        identity |= {"adapter": adapter_fingerprint(adapter)} if adapter else {}
         return digest(identity if self.keep_set is None else {**identity, "keep_set": self.keep_set})
 
     @cached_property
@@ -177,17 +179,25 @@ class Evaluator:
 
 
 def load_engine(model: str, options: EvalOptions) -> SharedPrefixLM:
-    """The language model for lm-eval: weights on the device, tokenizer, shared prefixes."""
+    """The language model for lm-eval: weights on the device, tokenizer, shared prefixes.
+
+    An adapter is merged into the weights of its model, in memory.
+    """
+    base, adapter = base_and_adapter(model)
     if options.backend == "vllm":
         from emo_select.evaluate.vllm import load_vllm_engine
 
+        if adapter:
+            raise UsageError(f"{adapter} is an adapter, which the vllm backend is not given; use --backend hf.")
         return cast("SharedPrefixLM", load_vllm_engine(model, options))
     from emo_select.evaluate.engine import SharedPrefixLM
     from emo_select.models import load_model, load_tokenizer
 
-    tokenizer = load_tokenizer(model)
-    weights: Any = load_model(model, dtype=options.precision, device=options.device_map or _device(options.device),
-                         trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(base)
+    weights: Any = load_model(base, dtype=options.precision, device=options.device_map or _device(options.device),
+                              trust_remote_code=options.trust_remote_code)
+    if adapter:
+        weights = merge_adapter(weights, adapter)
     context = getattr(weights.config.get_text_config(), "max_position_embeddings", None) or options.max_length
     if context < options.max_length:
         progress.say_once(f"The model's context is {context} tokens; longer inputs are cut to that.")

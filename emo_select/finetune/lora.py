@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from emo_select.errors import SpecError, UnknownNameError
 from emo_select.finetune.freezing import FrozenPart, routed_per_layer
+from emo_select.models.adapters import quiet_peft
 from emo_select.models.families import LAYER_NAME, Family, experts_per_layer, family_of, is_moe
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ def add_adapters(model: PreTrainedModel, targets: Targets, lora: Lora) -> PeftMo
         target_parameters=list(targets.parameters),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with quiet_peft():
+        return get_peft_model(model, config)
 
 
 def held_adapters(model: PeftModel, config: dict[str, Any], lora: Lora) -> list[FrozenPart]:
@@ -119,19 +121,9 @@ def expert_adapters(model: PeftModel, module: str) -> list[str]:
     return [name for name, _ in model.named_parameters() if f".{module}." in name and ".lora_B." in name]
 
 
-def merge_adapter(source: Path, adapter: Path) -> PreTrainedModel:
-    """The starting model with the adapter added to its weights, on the CPU."""
-    from peft import PeftModel
-
-    from emo_select.models import load_model
-
-    adapted = PeftModel.from_pretrained(load_model(str(source), dtype="auto"), str(adapter))
-    return adapted.merge_and_unload()
-
-
 def save_adapter(model: PeftModel, tensors: dict[str, Any], folder: Path, source: Path) -> None:
     """Write the adapter in peft's layout, pointing at `source` as its base model."""
     shutil.rmtree(folder, ignore_errors=True)
     model.peft_config["default"].base_model_name_or_path = str(source)
-    model.save_pretrained(str(folder), state_dict=tensors)
+    model.save_pretrained(str(folder), state_dict=tensors, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's blank model card

@@ -16,8 +16,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from emo_select.checkpoint import ShardedWriter, TensorSpec, open_checkpoint
 from emo_select.checkpoint.header import DTYPES
-from emo_select.finetune.lora import merge_adapter, save_adapter
+from emo_select.finetune.lora import save_adapter
 from emo_select.finetune.recipe import checkpoint_steps
+from emo_select.models.adapters import merge_adapter
 from emo_select.progress import Bar
 from emo_select.tree import partial_directory, publish
 
@@ -126,13 +127,15 @@ def _write_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], source
 
 def write_adapter(model: PeftModel, tensors: dict[str, Tensor], source: Path, final: Path, *, merge: bool) -> None:
     """Publish an adapter; with `merge` the checkpoint is the merged model and the adapter lies in `adapter/`."""
+    from emo_select.models import load_model
+
     partial = partial_directory(final)
     shutil.rmtree(partial, ignore_errors=True)
     adapter = partial / "adapter" if merge else partial
     adapter.mkdir(parents=True)
     save_adapter(model, tensors, adapter, source)
     if merge:
-        merged = merge_adapter(source, adapter)
+        merged = merge_adapter(load_model(str(source), dtype="auto"), adapter)
         _write_tensors(merged, merged.state_dict(), source, partial)
         copy_companions(source, partial)
     publish(partial, final)

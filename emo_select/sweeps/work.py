@@ -113,9 +113,10 @@ def drop_weights(run: Run, keep: Keep) -> None:
     if keep == "all" or any(step.action is Action.RUN for step in plan(run)):
         return
     steps = run.paths.checkpoint_steps()
+    last = steps[-1:] if run.spec.training.lora is None or run.spec.training.lora.merge else [0, *steps[-1:]]
     if run.spec.selects:
         remove_directory(run.paths.selected_model)
-    for step in steps[:-1] if keep == "last" else steps:
+    for step in set(steps) - set(last if keep == "last" else ()):
         remove_directory(run.paths.checkpoint(step))
 
 

@@ -84,6 +84,21 @@ def test_a_run_that_could_not_train_is_not_begun(changes, message):
     assert message in str(plan(*changes).exception)
 
 
+def test_a_run_evaluates_its_adapter(tmp_path):
+    """Also after the tree has moved, which the adapter's configuration knows nothing of."""
+    result = invoke("run", "-m", "demo/emo", "-t", "demo_railway", "-k", 4, "--method", "random", "--limit", 4,
+                    "--lora", "--lora-target", "attention", "--lr", "1e-2", "--epochs", 0.25, "-o", tmp_path / "a")
+    assert result.exit_code == 0, result.output
+    [run] = (tmp_path / "a").rename(tmp_path / "b").glob("demoemo/*_variant-*")
+    adapter = run / "finetuned_model" / "checkpoint-1"
+    assert not (adapter / "config.json").exists()
+    scored = json.loads((run / "results" / "checkpoint-1" / "task-demo_railway-metrics.json").read_text())
+    again = invoke("eval", "--model", adapter, "-t", "demo_railway", "--limit", 4, "--out", tmp_path / "c", "--json")
+    [found] = json.loads(again.stdout).values()
+    assert found["demo_railway"] == scored["metrics"]
+    assert "is an adapter" in str(invoke("merge-back", run, "--into", "demo/emo", "--out", tmp_path / "d").exception)
+
+
 def test_own_data_then_merge_back(model, own_data, tmp_path):
     out = tmp_path / "tuned"
     result = invoke(*options(model, own_data, out), "--checkpoints", 2, "--freeze", "routed", "--json")

@@ -1,20 +1,22 @@
 """Adapters on attention, dense parts and fused experts: what trains, saving, merging, loading in stock transformers."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from finetune_cases import CPU, GOLDEN, golden_tokens, golden_training
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from emo_select.checkpoint import open_checkpoint
-from emo_select.errors import NumericError, SpecError, UnknownNameError
+from emo_select.errors import CheckpointError, NumericError, SpecError, UnknownNameError
 from emo_select.finetune import lora as lora_module
 from emo_select.finetune.lora import lora_targets
 from emo_select.finetune.run import finetune_tokens
 from emo_select.models import load_model
+from emo_select.models.adapters import adapter_fingerprint, base_and_adapter, merge_adapter
 from emo_select.spec import Lora
 
 CASE = "moe_densefirst_k8"
@@ -76,12 +78,50 @@ def test_adapter_loads_in_stock_transformers(tmp_path):
     torch.testing.assert_close(stock, adapted, atol=1e-5, rtol=1e-4)
 
 
-def test_unmerged_checkpoint_is_an_adapter(tmp_path):
-    train(tmp_path / "out", Lora(rank=2, targets=("attention",)))
-    names = {path.name for path in (tmp_path / "out" / "checkpoint-4").iterdir()}
+@pytest.fixture(scope="module")
+def unmerged(tmp_path_factory):
+    """Where a training left checkpoint-0 and an adapter."""
+    out = tmp_path_factory.mktemp("unmerged") / "out"
+    train(out, Lora(rank=2))
+    return out
+
+
+def test_unmerged_checkpoint_is_an_adapter(unmerged):
+    names = {path.name for path in (unmerged / "checkpoint-4").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors"}
-    config = json.loads((tmp_path / "out" / "checkpoint-4" / "adapter_config.json").read_text())
+    config = json.loads((unmerged / "checkpoint-4" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(GOLDEN / CASE / "model")
+
+
+def test_an_adapter_is_found_with_its_model_and_merged_in_memory(unmerged, tmp_path):
+    """The model is the one beside it, wherever both have moved, else the one that it names."""
+    base, adapter = base_and_adapter(str(unmerged / "checkpoint-4"))
+    assert base == str(unmerged / "checkpoint-0")
+    adapted = logits_of(PeftModel.from_pretrained(load_model(base), adapter))
+    assert (logits_of(load_model(base)) - adapted).abs().max() > 1e-3
+    torch.testing.assert_close(logits_of(merge_adapter(load_model(base), adapter)), adapted, atol=1e-5, rtol=1e-4)
+    alone = shutil.copytree(adapter, tmp_path / "alone")
+    assert base_and_adapter(str(alone)) == (str(GOLDEN / CASE / "model"), alone)
+    assert base_and_adapter(base) == (base, None)
+    before = adapter_fingerprint(adapter)
+    tensors = load_file(alone / "adapter_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, alone / "adapter_model.safetensors")
+    assert adapter_fingerprint(adapter) == before != adapter_fingerprint(alone)
+
+
+def test_an_adapter_that_cannot_be_used_is_named(unmerged, tmp_path):
+    with pytest.raises(CheckpointError, match="does not fit its model"):
+        merge_adapter(load_model(str(GOLDEN / "moe_shared1_k8" / "model")), unmerged / "checkpoint-4")
+    broken = shutil.copytree(unmerged / "checkpoint-4", tmp_path / "broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match="does not fit its model"):
+        merge_adapter(load_model(str(GOLDEN / CASE / "model")), broken)
+    (broken / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"has no adapter_model.safetensors"):
+        adapter_fingerprint(broken)
+    (broken / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="does not say which model"):
+        base_and_adapter(str(broken))
 
 
 def test_experts_without_gradient_stop_the_training(tmp_path, monkeypatch):
