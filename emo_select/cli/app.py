@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -55,8 +56,10 @@ def options(
 
 def main() -> None:
     """Run the program; errors of ours become one sentence on stderr and an exit code."""
-    # Idle OpenMP threads sleep: where they spin, processes that share a machine starve each other.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Idle OpenMP threads spin for some ten microseconds, which bridges the gap to the next operation, and then sleep:
+    # if they spun on, processes that share a machine would starve each other; asleep at once, small models are slow.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    gc.set_threshold(50_000)  # imports make objects that stay; looking through them again and again takes a second
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     try:
