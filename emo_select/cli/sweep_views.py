@@ -24,8 +24,8 @@ from emo_select.sweeps.states import ALIVE, Standing, State
 
 SHOWN = 12  # failures listed before "and N more"
 STYLES = {State.DONE: "green", State.RUNNING: "bold cyan", State.FAILED: "bold red", State.SET_ASIDE: "bold red",
-          State.LOST: "yellow", State.STALE: "yellow", State.BLOCKED: "yellow"}
-TROUBLE = (State.FAILED, State.SET_ASIDE, State.LOST, State.STALE, State.BLOCKED)
+          State.LOST: "yellow", State.STALE: "yellow", State.BLOCKED: "yellow", State.HELD: "yellow"}
+TROUBLE = (State.FAILED, State.SET_ASIDE, State.LOST, State.STALE, State.BLOCKED, State.HELD)
 
 
 def plan_data(control: Control, tokens_per_second: float | None) -> dict[str, Any]:
@@ -88,6 +88,9 @@ def show_status(control: Control, standings: Sequence[Standing]) -> None:
                    + (f"\n  log: {log}" if log is not None and log.exists() else ""))
     if len(troubled) > SHOWN:
         typer.echo(f"… and {len(troubled) - SHOWN} more; --json lists them all")
+    waits = Counter(standing.reason for standing in standings if standing.state is State.QUEUED and standing.reason)
+    for reason, count in waits.most_common():
+        typer.echo(f"queued: {count} units, of which Slurm says {reason}")
     left = states.seconds_left(standings)
     if left is not None:
         typer.echo(f"About {_duration(left)} left.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from emo_select.errors import EmoSelectError
@@ -12,7 +12,7 @@ from emo_select.sweeps.bench import Bench, pending
 from emo_select.sweeps.graph import Unit, build
 from emo_select.sweeps.slurm import Block
 from emo_select.sweeps.spec import SweepRun, expand_sweep
-from emo_select.sweeps.states import ALIVE, Standing, State, Watch
+from emo_select.sweeps.states import HANDED_IN, Standing, State, Watch
 from emo_select.sweeps.store import Job, Submission
 from emo_select.sweeps.work import halved
 from emo_select.tree import SweepPaths, Tree, exclusive, require_space, stop_holder
@@ -61,9 +61,9 @@ class Control:
         by_name = {standing.unit.name: standing for standing in standings}
         found: dict[str, Unit] = {}
         for name, unit in pending(self.bench, self.units).items():
-            if by_name[name].state in ALIVE or (by_name[name].state is State.SET_ASIDE and not again):
+            if by_name[name].state in HANDED_IN or (by_name[name].state is State.SET_ASIDE and not again):
                 continue
-            if all(need in found or by_name[need].state in (*ALIVE, State.DONE) for need in unit.needs):
+            if all(need in found or by_name[need].state in (*HANDED_IN, State.DONE) for need in unit.needs):
                 found[name] = unit
         return found if any(unit.kind != "fetch" for unit in found.values()) else {}
 
@@ -71,7 +71,7 @@ class Control:
         """The arrays that Slurm will be given."""
         profile = self.submission.profile
         live = {standing.unit.name: standing.job for standing in standings
-                if standing.state in ALIVE and standing.job is not None}
+                if standing.state in HANDED_IN and standing.job is not None}
         return slurm.blocks(chosen, slurm.array_size(profile), profile.max_parallel, live)
 
     def submit(self, *, again: bool = False, began: Callable[[int], None] = lambda units: None,
@@ -83,7 +83,7 @@ class Control:
         self.tree.require_writable()
         with exclusive(self.paths.lock):
             self._take_back_orphans()
-            standings = self.watch.look()
+            standings = _released(self.watch.look())
             chosen = self.chosen(standings, again=again)
             self._check_disk(chosen)
             store.save_submission(self.paths, self.submission)
@@ -126,6 +126,13 @@ class Control:
                       keep_weights=self.submission.keep_weights)
             jobs.append(_with_less_memory(job, by_name[unit.name]))
         return jobs
+
+
+def _released(standings: Sequence[Standing]) -> list[Standing]:
+    """Let go what the queue holds, as it does with a job whose node failed while it started."""
+    held = [standing for standing in standings if standing.state is State.HELD]
+    slurm.release(standing.job for standing in held if standing.job is not None)
+    return [replace(standing, state=State.QUEUED) if standing in held else standing for standing in standings]
 
 
 def _with_less_memory(job: Job, standing: Standing) -> Job:

@@ -138,6 +138,11 @@ class Queued:
         """Whether it has a node, be it in the act of starting or ending."""
         return self.state not in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
 
+    @property
+    def held(self) -> bool:
+        """Whether it waits until its user lets it go. What an administrator holds, no user can."""
+        return "held" in self.reason.lower() and self.reason != "JobHeldAdmin"
+
 
 def queue() -> dict[str, Queued]:
     """All jobs of this user that have not ended, by id (`12` or `12_3`), in one query."""
@@ -164,6 +169,13 @@ def cancel(jobs: Iterable[str]) -> None:
     ids = sorted(set(jobs))
     if ids:
         _ask("scancel", *ids)
+
+
+def release(jobs: Iterable[str]) -> None:
+    """Let held jobs go."""
+    ids = sorted(set(jobs))
+    if ids:
+        _ask("scontrol", "release", ",".join(ids))
 
 
 def orphans(paths: SweepPaths, live: Mapping[str, Queued]) -> list[str]:

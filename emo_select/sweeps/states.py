@@ -15,6 +15,7 @@ from emo_select.sweeps.store import Array, Attempt
 from emo_select.tree import SweepPaths, is_held
 
 FAILURES = 2  # after so many, a unit is set aside
+USUAL_REASONS = ("None", "Priority", "Resources", "BeginTime", "JobArrayTaskLimit")  # of a job that will start by itself
 
 
 class State(StrEnum):
@@ -25,6 +26,8 @@ class State(StrEnum):
     QUEUED = "queued"
     WAITING = "waiting"
     """In the queue, but something that it needs is not done yet."""
+    HELD = "held"
+    """In the queue, but Slurm or its user holds it there, as happens after a node failed; `resume` lets it go."""
     MISSING = "missing"
     """Not handed in, or taken back before it began."""
     LOST = "lost"
@@ -39,6 +42,7 @@ class State(StrEnum):
 
 
 ALIVE = (State.RUNNING, State.QUEUED, State.WAITING)
+HANDED_IN = (*ALIVE, State.HELD)
 
 
 @dataclass(frozen=True)
@@ -121,11 +125,6 @@ _BROKEN = (State.FAILED, State.SET_ASIDE, State.BLOCKED)
 _HOW = {State.FAILED: "failed", State.SET_ASIDE: "failed twice", State.BLOCKED: "is blocked itself"}
 
 
-def is_stopped(standing: Standing) -> bool:
-    """Whether nothing will happen to the unit unless it is handed in again."""
-    return standing.state not in (*ALIVE, State.DONE)
-
-
 def seconds_left(standings: Sequence[Standing]) -> float | None:
     """Time until the units at work and in the queue are done, by what their like took; None where none is done yet."""
     taken: dict[str, list[float]] = {}
@@ -161,7 +160,9 @@ def _in_queue(entry: slurm.Queued) -> tuple[State, str]:
         return State.RUNNING, f"{entry.time_left} of its time left"
     if entry.reason == "Dependency":
         return State.WAITING, ""
-    return State.QUEUED, "" if entry.reason in ("None", "Priority", "Resources") else entry.reason
+    if entry.held:
+        return State.HELD, entry.reason
+    return State.QUEUED, "" if entry.reason in USUAL_REASONS else entry.reason
 
 
 def _never_began(how: str | None) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -100,6 +102,34 @@ def test_a_signal_before_the_time_limit_requeues_the_unit(make_sweep):
     assert [attempt.outcome for attempt in store.attempts(control.paths)[unit.name]] == ["done"]
 
 
+def test_preempted_then_its_node_failed_then_held_and_yet_no_stage_is_done_twice(make_sweep):
+    control = make_sweep(methods=["random"], settings=QUICK, profile={"cpus": 8})  # all of the node
+    control.submit()
+    run, unit = control.bench.bind(control.runs[0]), control.units[-1]
+    [_, array] = store.arrays(control.paths)
+    wait_until(run.paths.selected_model.exists)
+    finished = dict(record.load(run.paths).stages)
+
+    process = _attempt_at_work(control, unit, 1).pid
+    os.kill(process, signal.SIGSTOP)  # so that it cannot finish before Slurm takes its place, and lets it go on
+    _slurm("sbatch", "--partition=urgent", "--cpus-per-task=8", "--output=/dev/null", "--wrap=true")
+    process = _attempt_at_work(control, unit, 2).pid
+    assert store.attempts_of(control.paths, unit.name)[0].outcome == "interrupted"
+
+    node = socket.gethostname().split(".")[0]
+    _slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    os.kill(process, signal.SIGKILL)  # nothing survives where a node fails
+    wait_until(lambda: scheduler.queue()[array.job].state == "PENDING")
+    _slurm("scontrol", "uhold", array.job)
+    _slurm("scontrol", "update", f"nodename={node}", "state=resume", check=False)  # it may have come back by itself
+    wait_until(lambda: control.watch.look()[1].state is State.HELD)
+    assert control.submit() == {}  # nothing new, but what is held goes on
+    assert {standing.state for standing in follow(control, 1)} == {State.DONE}
+    outcomes = [attempt.outcome for attempt in store.attempts_of(control.paths, unit.name)]
+    assert outcomes == ["interrupted", "running", "done"]
+    assert {name: record.load(run.paths).stages[name] for name in finished} == finished and len(finished) >= 2
+
+
 def test_cancelled_in_the_middle_then_resumed_and_the_same_as_the_local_executor(make_sweep, tmp_path):
     control = make_sweep(keep_k=[4, 8], settings=QUICK)
     control.submit()
@@ -145,6 +175,16 @@ def test_what_a_killed_submitter_left_is_found_and_done_once(make_sweep, tmp_pat
 def _log(control, job):
     path = control.paths.logs / f"{job}_0_log.err"
     return path.read_text() if path.exists() else ""
+
+
+def _attempt_at_work(control, unit, number):
+    """The record of this attempt, once it has begun."""
+    wait_until(lambda: len(store.attempts_of(control.paths, unit.name)) == number)
+    return store.attempts_of(control.paths, unit.name)[-1]
+
+
+def _slurm(*command, check=True):
+    subprocess.run(command, check=check, capture_output=True, timeout=60)
 
 
 def _signal(job):
