@@ -1,7 +1,6 @@
 """Two CPU processes that shard the model (FSDP2 over gloo) against one: the golden run of one process."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,11 +52,14 @@ def test_what_stops_one_process_is_told(tmp_path):
         train(tmp_path / "out", TWO, loss_limit=0.001)
 
 
-def torchrun(*arguments):
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0")
+
+
+def started(launcher, *arguments):
     """Run a script or `-m` module in two processes; its exit code, stdout and stderr."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, env=environment)
+    command = [sys.executable, "-m", *launcher, *arguments]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
 
 
 def command(folder, out):
@@ -74,7 +76,7 @@ def killed(tmp_path_factory):
         save_family(family, folder / family)
     (folder / "own.jsonl").write_text(letter_rows())
     script = Path(__file__).parent / "train_and_die.py"
-    ended = torchrun(script, folder, ",".join(TRAINED), *command(folder, folder / "killed"))
+    ended = started(TORCHRUN, script, folder, ",".join(TRAINED), *command(folder, folder / "killed"))
     assert "Signal 9" in ended.stderr, ended.stderr
     return folder
 
@@ -98,12 +100,12 @@ def test_families_are_sharded_too(killed, family):
     assert all(new[name].shape == one[name].shape for name in one)
 
 
-def test_torchrun_goes_on_with_a_killed_training(killed):
-    """`torchrun -m emo_select finetune …` continues what two killed processes left; one of the two writes."""
+def test_accelerate_goes_on_with_a_killed_training(killed):
+    """`accelerate launch -m emo_select finetune …` continues what torchrun's processes left; one of the two writes."""
     out = killed / "killed"
     state = json.loads((out / ".training" / "state" / "trainer_state.json").read_text())
     assert state["global_step"] == DIES_AFTER and not (out / "training.json").exists()
-    ended = torchrun("-m", "emo_select", *command(killed, out))
+    ended = started(ACCELERATE, "-m", "emo_select", *command(killed, out))
     assert ended.returncode == 0, ended.stderr
     report = json.loads(ended.stdout)  # one document: the second process prints nothing
     assert report["processes"] == 2 and report["checkpoints"] == [0, 3, 6] and not (out / ".training").exists()
