@@ -146,10 +146,15 @@ def show_report(found: dict[str, Any]) -> None:
     for name in ("hosts", "gpus", "commits"):
         if found[name]:
             typer.echo(f"{name}: " + ", ".join(f"{value} ({count})" for value, count in found[name].items()))
+    if found["running"]:
+        typer.echo(f"at work now, not counted: {found['running']}")
+    if found["killed"]:
+        typer.echo(f"killed, their time unknown: {found['killed']}")
     for label in found["out_of_memory"]:
         typer.echo(f"ran out of memory once: {label}")
     for line in found["slowest"]:
-        typer.echo(f"{_duration(line['seconds']):>8}  {line['kind']:<11} {line['label']}")
+        how = "" if line["outcome"] == "done" else f" ({line['outcome']})"
+        typer.echo(f"{_duration(line['seconds']):>8}  {line['kind']:<11} {line['label']}{how}")
 
 
 def show_table(control: Control) -> None:

@@ -1,4 +1,4 @@
-"""What a sweep has cost: every attempt counts, also those that failed."""
+"""What a sweep has cost: every attempt counts, also those that failed. Of killed ones the time is not known."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ def summary(paths: SweepPaths, units: Sequence[Unit], slowest: int) -> dict[str,
     process.
     """
     known = {unit.name: unit for unit in units}
-    tries = [attempt for name, attempts in store.attempts(paths).items() if name in known for attempt in attempts]
+    tries = [attempt for name, attempts in store.attempts(paths).items() if name in known
+             for attempt in store.settled(paths, attempts)]
     ended = [attempt for attempt in tries if attempt.outcome != "running"]
-    ranked = sorted(ended, key=lambda attempt: attempt.seconds, reverse=True)[:slowest]
+    timed = [attempt for attempt in ended if attempt.outcome != "killed"]
+    ranked = sorted(timed, key=lambda attempt: attempt.seconds, reverse=True)[:slowest]
     return {
         "kinds": {kind: _totals([attempt for attempt in ended if attempt.kind == kind])
                   for kind in KINDS if any(attempt.kind == kind for attempt in ended)},
         "total": _totals(ended),
         "running": len(tries) - len(ended),
+        "killed": sum(attempt.outcome == "killed" for attempt in ended),
         "hosts": _counted([attempt.host for attempt in ended]),
         "gpus": _counted([gpu for attempt in ended for gpu in attempt.gpus]),
         "commits": _counted([attempt.commit for attempt in ended if attempt.commit]),

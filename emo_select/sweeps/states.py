@@ -15,7 +15,7 @@ from emo_select.sweeps.store import Array, Attempt
 from emo_select.tree import SweepPaths, is_held
 
 FAILURES = 2  # after so many, a unit is set aside
-USUAL_REASONS = ("None", "Priority", "Resources", "BeginTime", "JobArrayTaskLimit")  # of a job that will start by itself
+USUAL_REASONS = ("None", "Priority", "Resources", "BeginTime", "JobArrayTaskLimit")  # it starts by itself
 
 
 class State(StrEnum):
@@ -38,7 +38,7 @@ class State(StrEnum):
     BLOCKED = "blocked"
     """Cannot begin, because something that it needs failed."""
     SET_ASIDE = "set aside"
-    """Failed twice; `resume` leaves it alone unless told otherwise."""
+    """Failed twice, or got nowhere within its time; `resume` leaves it alone unless told otherwise."""
 
 
 ALIVE = (State.RUNNING, State.QUEUED, State.WAITING)
@@ -107,6 +107,8 @@ class Watch:
             return _in_queue(live[job])
         if last is not None and last.outcome == "running" and is_held(self.paths.unit_lock(unit.name)):
             return State.RUNNING, ""
+        if last is not None and last.outcome == "stuck":
+            return State.SET_ASIDE, last.error or ""
         if last is not None and last.outcome in ("failed", "locked"):
             state = State.SET_ASIDE if failures >= FAILURES else State.FAILED
             return state, last.error or ""
@@ -122,7 +124,7 @@ class Watch:
 
 
 _BROKEN = (State.FAILED, State.SET_ASIDE, State.BLOCKED)
-_HOW = {State.FAILED: "failed", State.SET_ASIDE: "failed twice", State.BLOCKED: "is blocked itself"}
+_HOW = {State.FAILED: "failed", State.SET_ASIDE: "is set aside", State.BLOCKED: "is blocked itself"}
 
 
 def seconds_left(standings: Sequence[Standing]) -> float | None:

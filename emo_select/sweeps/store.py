@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +11,12 @@ from emo_select.spec import Frozen, checked
 from emo_select.sweeps.graph import Unit
 from emo_select.sweeps.profile import Profile
 from emo_select.sweeps.spec import SweepSpec
-from emo_select.tree import SweepPaths, Tree, read_json, write_json
+from emo_select.tree import SweepPaths, Tree, is_held, read_json, write_json
 
 Keep = Literal["none", "last", "all"]
-Outcome = Literal["running", "done", "failed", "locked", "interrupted"]
+Outcome = Literal["running", "done", "failed", "locked", "interrupted", "stuck", "killed"]
+"""`killed` is never recorded: it is what became of an attempt that says `running` while no process works on the unit.
+"""
 
 
 class Job(Frozen):
@@ -51,6 +53,8 @@ class Attempt(Frozen):
     micro_batch_size: int | None = None
     """What it was cut to after running out of memory; None where it was not."""
     error: str | None = None
+    mark: str | None = None
+    """Of what lay on disk when it began: two equal ones mean that nothing was finished or saved between them."""
     notes: dict[str, Any] = {}
 
 
@@ -122,6 +126,15 @@ def attempts_of(paths: SweepPaths, unit: str) -> list[Attempt]:
     """Attempts at one unit, oldest first."""
     found = (checked(Attempt, read_json(file)) for file in paths.attempts.glob(f"{unit}.*.json"))
     return sorted(found, key=lambda attempt: attempt.number)
+
+
+def settled(paths: SweepPaths, tries: Sequence[Attempt]) -> list[Attempt]:
+    """Attempts at one unit, oldest first, with `killed` for those that ended without saying so."""
+    if not any(attempt.outcome == "running" for attempt in tries):
+        return list(tries)
+    at_work = tries[-1] if is_held(paths.unit_lock(tries[-1].unit)) else None
+    return [attempt.model_copy(update={"outcome": "killed"})
+            if attempt.outcome == "running" and attempt is not at_work else attempt for attempt in tries]
 
 
 def next_number(paths: SweepPaths, unit: str) -> int:

@@ -319,6 +319,20 @@ def test_a_report_counts_every_attempt(make_sweep, tmp_path):
     assert [line["seconds"] for line in found["slowest"]] == [30.0] and found["hosts"] == {"node1": 3}
 
 
+def test_a_report_tells_killed_attempts_from_those_at_work(make_sweep):
+    from emo_select.sweeps.report import summary
+
+    control = finished_sweep(make_sweep, 1)
+    unit = control.units[-1]
+    tried(control, unit, "running", "running")
+    with exclusive(control.paths.unit_lock(unit.name)):
+        found = summary(control.paths, control.units, 1)
+        assert (found["running"], found["killed"], found["total"]["not_done"]) == (1, 1, 1)
+        assert found["slowest"] == []
+    found = summary(control.paths, control.units, 1)
+    assert (found["running"], found["killed"], found["kinds"]["run"]["attempts"]) == (0, 2, 2)
+
+
 def test_planning_a_sweep_imports_no_torch(tmp_path):
     code = ("import sys; from typer.testing import CliRunner; from emo_select.cli.app import app; "
             f"done = CliRunner().invoke(app, ['sweep', 'plan', {str(DEMO)!r}, '-o', {str(tmp_path)!r}]); "
