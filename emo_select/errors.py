@@ -61,6 +61,10 @@ class LockedError(UsageError):
     """Another process is working on the same run directory."""
 
 
+class StandstillError(EmoSelectError):
+    """Work was stopped several times without getting any further."""
+
+
 class NumericError(EmoSelectError):
     """NaN or infinity in weights, scores or losses."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from emo_select import progress, record
-from emo_select.errors import EmoSelectError, LockedError
+from emo_select.errors import EmoSelectError, LockedError, StandstillError
 from emo_select.pipeline.adopt import adopt
 from emo_select.pipeline.plan import Action, Step, plan
 from emo_select.pipeline.runs import Run
@@ -25,6 +25,7 @@ from emo_select.sweeps import store
 from emo_select.sweeps.bench import Bench
 from emo_select.sweeps.graph import Unit
 from emo_select.sweeps.spec import SweepRun
+from emo_select.sweeps.standstill import mark_of, require_progress
 from emo_select.sweeps.store import Attempt, Job, Keep, Outcome
 from emo_select.tree import SweepPaths, Tree, exclusive, remove_directory
 
@@ -56,6 +57,8 @@ def perform(unit_file: Path) -> None:
     paths = Tree(Path(job.root)).sweep(job.sweep)
     progress.say(f"{job.unit.kind} {job.unit.label} ({job.unit.name})")
     with exclusive(paths.unit_lock(job.unit.name), wait=True), _recorded(paths, job) as notes:
+        *before, present = store.attempts_of(paths, job.unit.name)
+        require_progress(before, present.job, present.mark)
         smaller = _try(job, notes)
         if smaller is not None:
             _free_memory()
@@ -209,12 +212,18 @@ def _recorded(paths: SweepPaths, job: Job) -> Iterator[dict[str, Any]]:
         yield notes
         outcome = "done"
     except Exception as failure:
-        outcome, error = "locked" if isinstance(failure, LockedError) else "failed", _sentence(failure)
+        outcome, error = _outcome(failure), _sentence(failure)
         raise
     finally:
         size = notes.pop("micro_batch_size", attempt.micro_batch_size)
         ended = {"outcome": outcome, "error": error, "notes": notes, "micro_batch_size": size}
         store.save_attempt(paths, attempt.model_copy(update=ended | _measured(job, attempt)))
+
+
+def _outcome(failure: Exception) -> Outcome:
+    if isinstance(failure, StandstillError):
+        return "stuck"
+    return "locked" if isinstance(failure, LockedError) else "failed"
 
 
 def _begin(paths: SweepPaths, job: Job) -> Attempt:
@@ -223,6 +232,7 @@ def _begin(paths: SweepPaths, job: Job) -> Attempt:
         unit=name, kind=job.unit.kind, number=store.next_number(paths, name), outcome="running",
         host=socket.gethostname(), pid=os.getpid(), job=slurm, log=_log(paths, slurm), started=time.time(),
         versions=record.versions(), commit=record.commit(), micro_batch_size=job.micro_batch_size,
+        mark=mark_of(job),
     )
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from emo_select import record
 from emo_select.cli.app import app
-from emo_select.errors import DiskSpaceError, EmoSelectError, NumericError, SpecError
+from emo_select.errors import DiskSpaceError, EmoSelectError, NumericError, SpecError, StandstillError
 from emo_select.pipeline.plan import Action, plan
 from emo_select.spec import RunSpec
 from emo_select.sweeps import control as controls
@@ -24,6 +24,7 @@ from emo_select.sweeps.control import Control, find
 from emo_select.sweeps.graph import build
 from emo_select.sweeps.profile import Profile
 from emo_select.sweeps.spec import SweepRun
+from emo_select.sweeps.standstill import mark_of
 from emo_select.sweeps.states import State
 from emo_select.sweeps.store import Attempt, Job
 from emo_select.sweeps.work import drop_weights, halved, perform, ran_out_of_memory
@@ -151,6 +152,44 @@ def test_a_run_held_by_someone_else_is_no_failure(make_sweep):
         perform(file)
     found = states(control)[control.units[-1].name]
     assert found.state is State.FAILED and found.failures == 0 and found.attempt.outcome == "locked"
+
+
+def test_a_unit_that_is_stopped_again_and_again_and_gets_nowhere_is_set_aside(make_sweep, monkeypatch):
+    control = finished_sweep(make_sweep, 1)
+    unit, file = control.units[-1], jobs(control)["run"]
+    answers = control.bench.bind(control.runs[0]).paths.result(0) / ".responses-0.jsonl"
+    answers.parent.mkdir(parents=True, exist_ok=True)
+    answers.write_text('["a", 1]\n')
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    mark = mark_of(store.load_job(file))
+    with answers.open("a") as stream:
+        stream.write("\n")  # opened again, and stopped before the next answer
+    tried(control, unit, "interrupted", "running", "interrupted", job="7", mark=mark)
+    with pytest.raises(StandstillError, match="--time LONGER"):
+        perform(file)
+    control.bench.bind(control.runs[0]).paths.record.unlink()  # or it would count as done
+    found = states(control)[unit.name]
+    assert found.state is State.SET_ASIDE and "3 times" in found.reason and found.attempt.outcome == "stuck"
+
+
+@pytest.mark.parametrize("change", ["answer", "state", "job", "fewer"])
+def test_a_unit_that_gets_further_or_was_handed_in_again_goes_on(make_sweep, monkeypatch, change):
+    control = finished_sweep(make_sweep, 1)
+    unit, file = control.units[-1], jobs(control)["run"]
+    folder = control.bench.bind(control.runs[0]).paths.directory / "finetuned_model" / ".training" / "state"
+    folder.mkdir(parents=True)
+    (folder / "optimizer.json").write_text("1")
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "8" if change == "job" else "7")
+    tried(control, unit, *["interrupted"] * (2 if change == "fewer" else 3), job="7",
+          mark=mark_of(store.load_job(file)))
+    if change == "state":
+        os.utime(folder / "optimizer.json", (1, 1))
+    if change == "answer":
+        (folder / ".responses-0.jsonl").write_text("{}\n")
+    perform(file)
+    assert store.attempts_of(control.paths, unit.name)[-1].outcome == "done"
 
 
 def test_resume_takes_what_failed_once_and_leaves_what_failed_twice(make_sweep):
