@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from emo_select.tree import write_bytes
 
@@ -49,7 +48,7 @@ class FileCache:
             mark = [found.st_size, found.st_mtime_ns]
             kept = self.old.get(name)
             if kept is None or kept[0] != mark:
-                kept = [mark, parse(Path(path).read_bytes())]
+                kept = [mark, parse(_content(path))]
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -66,7 +65,12 @@ class FileCache:
     ) -> None:
         if kind is None and self.file is not None and self.new != self.old:
             with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
-                write_bytes(self.file, json.dumps({"format": FORMAT, "files": self.new}).encode())
+                write_bytes(self.file, to_json({"format": FORMAT, "files": self.new}))
+
+
+def _content(path: str) -> bytes:
+    with open(path, "rb") as file:  # noqa: PTH123 - as above
+        return file.read()
 
 
 def _stored(file: Path) -> dict[str, Any]:
