@@ -69,7 +69,7 @@ class FileCache:
 
 
 def _content(path: str) -> bytes:
-    with open(path, "rb") as file:  # noqa: PTH123 - as above
+    with open(path, "rb") as file:
         return file.read()
 
 
