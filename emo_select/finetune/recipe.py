@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emo_select.errors import SpecError, UsageError
+from emo_select.finetune.reporting import PROJECT
 from emo_select.models.families import family_of, is_moe
 
 if TYPE_CHECKING:
@@ -71,7 +72,10 @@ def require_gpus(execution: Execution, device: str) -> None:
 def require_tracker(execution: Execution) -> None:
     """Raise `UsageError` when the tracker to report to is not installed."""
     tracker = execution.report_to
-    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+    if tracker == "none":
+        return
+    found = importlib.util.find_spec(tracker)
+    if found is None or found.origin is None:  # a folder of logs in the working directory looks like a package
         raise UsageError(f"--report-to {tracker} needs the package {tracker}; run `pip install {tracker}`.")
 
 
@@ -105,6 +109,7 @@ def training_arguments(
     micro_batch: int,
     config: Mapping[str, Any],
     scratch: Path,
+    name: str,
 ) -> TrainingArguments:
     """The recipe as the trainer takes it: AdamW, linear decay after a warm-up of `training.warmup` of the steps."""
     from transformers import TrainingArguments
@@ -129,6 +134,8 @@ def training_arguments(
         logging_nan_inf_filter=False,
         save_strategy="no",  # checkpoints and training state are written by our own trainer
         report_to=execution.report_to,
+        project=PROJECT,
+        run_name=name,
         disable_tqdm=True,
         remove_unused_columns=False,
         use_cpu=device == "cpu",

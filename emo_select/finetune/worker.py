@@ -57,10 +57,12 @@ def train(job: Job) -> None:
     """Train as the job says, from its state if there is one; checkpoints, plot and report are in place afterwards."""
     from transformers import set_seed
 
+    from emo_select.finetune.reporting import reporting
+
     set_seed(job.training.seed)
     with track("Finetuning") as bar:
         trainer = _trainer(job, bar)
-        with _stop_on_signal(trainer.keeper):
+        with _stop_on_signal(trainer.keeper), reporting(trainer, job.execution.report_to, job.out):
             trainer.train(resume_from_checkpoint=str(job.state) if job.state.exists() else None)
     if trainer.is_world_process_zero():
         _finish(job, trainer)
@@ -70,6 +72,7 @@ def train(job: Job) -> None:
 def _trainer(job: Job, bar: Bar) -> RecipeTrainer:
     from emo_select.finetune import recipe
     from emo_select.finetune.batches import Packed, Padded
+    from emo_select.finetune.reporting import run_name
     from emo_select.finetune.routing import RoutingMeter
     from emo_select.finetune.saving import Keeper
     from emo_select.finetune.trainer import RecipeTrainer
@@ -82,7 +85,7 @@ def _trainer(job: Job, bar: Bar) -> RecipeTrainer:
         model=model,
         args=recipe.training_arguments(
             job.training, job.execution, device=job.device, world=job.world, micro_batch=job.micro_batch,
-            config=config, scratch=job.folder,
+            config=config, scratch=job.folder, name=run_name(job.out),
         ),
         train_dataset=job.tokens(),
         data_collator=Packed() if job.training.packing else Padded(job.pad_token),

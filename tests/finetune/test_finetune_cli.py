@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from emo_select.cli import common
 from emo_select.cli.app import app
 from emo_select.errors import EmoSelectError
+from emo_select.finetune.recipe import require_tracker
+from emo_select.spec import Execution
 
 CASE = "moe_shared1_k8"
 
@@ -139,6 +141,25 @@ def test_mistakes_are_one_sentence_before_the_model_is_loaded(changes, message, 
     assert isinstance(result.exception, EmoSelectError), result.output
     assert message in str(result.exception) and "\n" not in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_logs_of_a_tracker_are_not_taken_for_the_tracker(tmp_path, monkeypatch):
+    """Where a tracker leaves a folder of its own name, Python would import that."""
+    (tmp_path / "trackio").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EmoSelectError, match="pip install trackio"):
+        require_tracker(Execution(report_to="trackio"))
+
+
+def test_tensorboard_logs_stay_when_the_training_is_complete(model, own_data, tmp_path):
+    reason = "needs tensorboard, which is not among the requirements"
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason=reason)
+    out = tmp_path / "out"
+    result = invoke(*options(model, own_data, out), "--report-to", "tensorboard", "--json")
+    assert result.exit_code == 0, result.output
+    logged = events.EventAccumulator(str(out / "logs")).Reload()
+    losses = [entry["loss"] for entry in json.loads(result.stdout)["history"]]
+    assert [event.value for event in logged.Scalars("train/loss")] == pytest.approx(losses)
 
 
 def test_the_output_does_not_lie_within_the_model(model, own_data):
