@@ -317,7 +317,7 @@ def drops_figure(view: View) -> Figure | None:
     if not panels:
         return None
     tasks = _tasks_in_order(view, {task for found in panels.values() for task, _ in found})
-    figure = _figure(1.2 + 0.14 * len(tasks), width=max(WIDTH, 1.5 + 1.5 * len(panels)))
+    figure = _figure(max(2.0, 1.2 + 0.14 * len(tasks)), width=max(WIDTH, 1.5 + 1.5 * len(panels)))
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (model, found) in zip(axes, panels.items(), strict=True):
         image = _heat(axis, view, found, tasks)
@@ -364,7 +364,7 @@ def _heat(axis: Axes, view: View, found: dict[tuple[str, int], float], tasks: Se
 
 
 def pareto_figure(view: View) -> Figure | None:
-    """Weights on disk against the mean over groups for every setting of every model; the front joined by a line."""
+    """Weights on disk against the mean over groups for every setting of every model, and the front as steps."""
     points = _points(view)
     if len(points) < 2:
         return None
@@ -378,8 +378,9 @@ def pareto_figure(view: View) -> Figure | None:
         drawn = axis.plot(x, y, linestyle="", color=view.colour(model), marker=MARKERS[number % len(MARKERS)])[0]
         handles.setdefault(_name(view, model, method, note), drawn)
     front = pareto_front([(x, y) for _, x, y in points])
-    xs, ys = zip(*front, strict=True)
-    handles["nothing smaller is better"] = axis.plot(xs, ys, color="#777777", linestyle=DASHES[2], zorder=0)[0]
+    xs, ys = zip(*front, (max(x for _, x, _ in points), front[-1][1]), strict=True)
+    handles["nothing smaller is better"] = axis.plot(xs, ys, color="#777777", linestyle=DASHES[2], zorder=0,
+                                                     drawstyle="steps-post")[0]
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
     axis.xaxis.set_minor_formatter(lambda size, _: f"{size:g}" if f"{size:e}"[0] in "25" else "")

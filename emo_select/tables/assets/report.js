@@ -315,15 +315,18 @@ function paretoChart(rows) {
   const usual = [...groupBy(rows, (row) => row.group)].filter(([, found]) => 2 * found.length >= settings.length).map(([group]) => group);
   for (const members of settings) {
     const found = members.filter((row) => usual.includes(row.group)), row = members[0];
-    if (found.length === usual.length && row.disk) points.push({ row, x: row.disk / 1e9, y: mean(found.map((one) => estimate(one)[0])) });
+    if (found.length === usual.length && row.disk) points.push({ row, x: row.disk, y: mean(found.map((one) => estimate(one)[0])) });
   }
   if (points.length < 2) return null;
-  const plot = frame(points.map((p) => p.x), points.map((p) => p.y), { xName: "weights on disk, GB", yName: `mean of ${usual.map((group) => label("groups", group)).join(", ")} %` });
+  const [unit, scale] = points.some((p) => p.x >= 1e8) ? ["GB", 1e9] : ["MB", 1e6];
+  for (const p of points) p.x /= scale;
+  const plot = frame(points.map((p) => p.x), points.map((p) => p.y), { xName: `weights on disk, ${unit}`, yName: `mean of ${usual.map((group) => label("groups", group)).join(", ")} %` });
   points.sort((a, b) => a.x - b.x || b.y - a.y);
   let best = -Infinity;
   const front = points.filter((p) => p.y > best && ((best = p.y), true));
-  plot.parts.push(svg("path", { class: "front", d: `M${front.map((p) => `${plot.x(p.x)} ${plot.y(p.y)}`).join("L")}` }),
-    ...points.map((p) => point([plot.x(p.x), plot.y(p.y)], p.row, `${seriesName(p.row)}\nkeep-k ${keepText(p.row)}, ${p.x.toPrecision(3)} GB: ${percent(p.y)} %`)));
+  const steps = front.map((p) => `${plot.x(p.x)}V${plot.y(p.y)}`).join("H") + `H${plot.x(points.at(-1).x)}`;
+  plot.parts.push(svg("path", { class: "front", d: `M${plot.x(front[0].x)} ${plot.y(front[0].y)}H${steps}` }),
+    ...points.map((p) => point([plot.x(p.x), plot.y(p.y)], p.row, `${seriesName(p.row)}\nkeep-k ${keepText(p.row)}, ${p.x.toPrecision(3)} ${unit}: ${percent(p.y)} %`)));
   return el("figure", {}, el("figcaption", {}, el("strong", {}, "Size against accuracy"), " dotted: nothing smaller is better"),
     svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": "Size of the weights against accuracy" }, plot.parts));
 }
@@ -368,7 +371,8 @@ function drawTasks() {
   const key = (run) => `${run.model}|${run.task}|${run.eval_shots}`, value = (run) => run[state.stage];
   const full = new Map(data.runs.filter((run) => run.full && value(run) != null).map((run) => [key(run), value(run)]));
   const runs = data.runs.filter((run) => runPasses(run) && !run.full && value(run) != null && full.has(key(run)));
-  const series = unique(runs.map(seriesName)), wanted = series.includes($("series").value) ? $("series").value : series[0];
+  const place = (run) => 100 * order("models", run.model) + methodIndex(run);
+  const series = unique([...runs].sort((a, b) => place(a) - place(b)).map(seriesName)), wanted = series.includes($("series").value) ? $("series").value : series[0];
   $("series").replaceChildren(...series.map((name) => el("option", { value: name, selected: name === wanted }, name)));
   const members = runs.filter((run) => seriesName(run) === wanted), keeps = unique(members.map((run) => run.keep)).sort((a, b) => a - b);
   if (!members.length) { $("heat").replaceChildren(el("p", { class: "soft" }, "No pruned run with a full model to compare with.")); return; }
