@@ -7,7 +7,9 @@ import pytest
 
 from emo_select import record
 from emo_select.errors import SpecError
-from emo_select.pipeline import Wanted, execute, execute_all, expand, plan
+from emo_select.experts import KeepSet
+from emo_select.pipeline import Wanted, cost, execute, execute_all, expand, plan
+from emo_select.pipeline.adopt import twin_key
 from emo_select.spec import Execution
 from emo_select.tree import Tree
 
@@ -113,7 +115,27 @@ def test_one_failing_run_does_not_stop_the_others(tmp_path):
     assert good.paths.selection.exists()
 
 
-def test_all_experts_are_one_run_whatever_the_method(tmp_path):
-    found = runs(tmp_path, ("full", "50%"), ("layerwise", "random"))
-    kept = [(run.spec.keep_k, run.spec.method) for run in found]
-    assert kept == [(32, "layerwise"), (16, "layerwise"), (16, "random")]
+def test_all_experts_are_computed_once_whatever_the_method(tmp_path):
+    found = runs(tmp_path, ("full",), ("layerwise", "easy_ep", "random"))
+    planned = [(run, plan(run, CHEAP)) for run in found]
+    assert all(actions(run)["activations"] == "skip" for run in found)
+    assert [each.tokens > 0 for each in cost.of_all(planned)] == [True, False, False]
+    assert execute_all(planned) == []
+    first, *others = found
+    for run in others:
+        assert set(actions(run).values()) == {"done", "skip"}
+        shared = {name for name, stage in record.load(run.paths).stages.items() if "shared_with" in stage.notes}
+        assert shared == {"prune", "eval/checkpoint-0"}
+        assert KeepSet.load(run.paths.selection).method == run.spec.method
+        for folder in ("selected_model/model.safetensors", "results/checkpoint-0/task-demo_harbor-metrics.json"):
+            assert (run.paths.directory / folder).samefile(first.paths.directory / folder)
+
+
+def test_shots_of_the_examples_matter_even_where_all_experts_are_kept(tmp_path):
+    def key(**calibration):
+        [run] = runs(tmp_path, ("full",), calibration=calibration)
+        assert run.keeps_all
+        return twin_key(run.spec, keeps_all=run.keeps_all)
+
+    assert key(num_examples=2) == key(num_examples=4, seed=3) != key(num_examples=2, num_shots=0)
+    assert not any(run.keeps_all for run in [*runs(tmp_path, ("31",)), *runs(tmp_path, ("full",), num_shared=0)])

@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
 SHOWN = 30
 _LOOK = {"run": ("run", "bold yellow"), "done": ("done", "green"), "skip": ("–", "dim")}
+_LINK = {**_LOOK, "run": ("link", "cyan")}  # the same as in a run above it
 
 
 def show(planned: Sequence[Planned], *, as_json: bool) -> None:
     """Print what will happen to each run: as a table on stderr, or everything as JSON on stdout."""
     if as_json:
-        emit([as_data(run, steps) for run, steps in planned])
+        from emo_select.pipeline import cost
+
+        costs = cost.of_all(planned)
+        emit([as_data(run, steps) | {"cost": asdict(each)} for (run, steps), each in zip(planned, costs, strict=True)])
         return
     progress.talk(_table(planned))
     for line in summary(planned):
@@ -31,13 +35,10 @@ def show(planned: Sequence[Planned], *, as_json: bool) -> None:
 
 def as_data(run: Run, steps: Sequence[Step]) -> dict[str, Any]:
     """One run of a plan as plain data."""
-    from emo_select.pipeline import cost
-
     return {
         "directory": str(run.paths.directory),
         "spec": run.spec.model_dump(mode="json"),
         "steps": [asdict(step) for step in steps],
-        "cost": asdict(cost.of(run, steps)),
     }
 
 
@@ -62,15 +63,20 @@ def show_failures(failures: Sequence[tuple[Run, Exception]]) -> None:
 
 
 def _table(planned: Sequence[Planned]) -> Table:
+    from emo_select.pipeline.adopt import twin_key
+
     table = Table(title="Plan", title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name in ("model", "task", "keep-k", "method"):
         table.add_column(name, no_wrap=name in ("keep-k", "method"))
     for step in planned[0][1]:
         table.add_column(step.stage)
+    seen: set[str] = set()
     for run, steps in planned[:SHOWN]:
-        spec = run.spec
+        spec, key = run.spec, twin_key(run.spec, keeps_all=run.keeps_all)
+        look = _LINK if key in seen else _LOOK
+        seen.add(key)
         cells = [Text(text) for text in (spec.model, spec.task, str(spec.keep_k), spec.method)]
-        table.add_row(*cells, *(Text(*_LOOK[step.action.value]) for step in steps))
+        table.add_row(*cells, *(Text(*look[step.action.value]) for step in steps))
     if len(planned) > SHOWN:
         table.add_row(Text(f"… {len(planned) - SHOWN} more", style="dim"))
     return table

@@ -1,35 +1,58 @@
-"""Runs that agree up to a stage share its files by hard links instead of doing it twice."""
+"""Runs that agree up to a stage share its files by hard links instead of doing it twice.
+
+Such are runs that differ only in how they are evaluated, and those of several methods that all keep every expert.
+"""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from emo_select import record
-from emo_select.pipeline.plan import downstream
-from emo_select.pipeline.runs import Run
+from emo_select.pipeline.plan import downstream, evaluated_steps
+from emo_select.pipeline.runs import Run, checkpoint_fingerprint
 from emo_select.record import State
+from emo_select.spec import Calibration, Evaluation, RunSpec
 from emo_select.tree import RunPaths, exclusive, link_or_copy, link_tree, partial_directory, publish
 
 SHAREABLE = ("select", "prune", "finetune")
 
 
+def twin_key(spec: RunSpec, *, keeps_all: bool) -> str:
+    """Equal for runs that share everything up to finetuning."""
+    same: dict[str, Any] = {"evaluation": Evaluation()}
+    if keeps_all:  # how experts are chosen does not matter, but the shots of the examples do
+        same |= {"method": "layerwise", "score": RunSpec.model_fields["score"].default,
+                 "calibration": Calibration(num_shots=spec.calibration.num_shots)}
+    return spec.model_copy(update=same).model_dump_json()
+
+
 def adopt(run: Run, other: Run) -> None:
     """Give `run` every finished stage of `other` that would come out the same and that `run` has not finished."""
     with exclusive(run.paths.lock):
-        for stage in SHAREABLE:
-            fingerprint = run.fingerprint(stage)
+        for stage, fingerprint in _shareable(run):
             theirs, ours = (record.state(paths, record.load(paths), stage, fingerprint)[0]
                             for paths in (other.paths, run.paths))
             if theirs is State.DONE and ours is not State.DONE:
                 _take(run, other, stage)
 
 
+def _shareable(run: Run) -> Iterator[tuple[str, str]]:
+    """Stages and their fingerprints; those of evaluation by checkpoint, once the checkpoints have been taken over."""
+    for stage in SHAREABLE:
+        yield stage, run.fingerprint(stage)
+    for step in evaluated_steps(run):
+        yield f"eval/checkpoint-{step}", checkpoint_fingerprint(run, step)
+
+
 def _take(run: Run, other: Run, stage: str) -> None:
     source = record.load(other.paths)
     assert source is not None  # its stage is done
     done = record.load(run.paths) or source.model_copy(update={"spec": run.spec, "stages": {}})
-    finished = {name for name in done.stages if name.split("/")[0] in {stage, *downstream(stage)}}
+    later = downstream(stage) if stage in SHAREABLE else ()
+    finished = {name for name in done.stages if name == stage or name.split("/")[0] in later}
     done = record.forget(run.paths, done, finished)
     _link(_output(other.paths, stage), _output(run.paths, stage))
     notes = {**source.stages[stage].notes, "shared_with": other.paths.directory.name}
@@ -38,6 +61,8 @@ def _take(run: Run, other: Run, stage: str) -> None:
 
 
 def _output(paths: RunPaths, stage: str) -> Path:
+    if stage not in SHAREABLE:
+        return paths.result(int(stage.rpartition("-")[2]))
     return {"select": paths.selection, "prune": paths.selected_model, "finetune": paths.finetuned_model}[stage]
 
 

@@ -8,6 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from emo_select import record
+from emo_select.pipeline.adopt import twin_key
 from emo_select.pipeline.expand import pruned_bytes
 from emo_select.pipeline.plan import Action, Step
 from emo_select.pipeline.runs import Run
@@ -38,9 +39,20 @@ def of(run: Run, steps: Sequence[Step]) -> Cost:
     return Cost(sum(_tokens(run, stage) for stage in todo), written, _seconds(run, todo))
 
 
+def of_all(planned: Iterable[tuple[Run, Sequence[Step]]]) -> list[Cost]:
+    """Estimate each run of a plan; one that takes everything over from a run before it costs nothing."""
+    before: set[str] = set()
+    costs = []
+    for run, steps in planned:
+        key = twin_key(run.spec, keeps_all=run.keeps_all)
+        costs.append(Cost(seconds=0.0) if key in before else of(run, steps))
+        before.add(key)
+    return costs
+
+
 def total(planned: Iterable[tuple[Run, Sequence[Step]]]) -> Cost:
     """Add up the costs of a plan; the time is known only if every run's is."""
-    costs = [of(run, steps) for run, steps in planned]
+    costs = of_all(planned)
     known = [cost.seconds for cost in costs if cost.seconds is not None]
     seconds = sum(known) if len(known) == len(costs) else None
     return Cost(sum(cost.tokens for cost in costs), sum(cost.bytes for cost in costs), seconds)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from emo_select import progress
 from emo_select.errors import SpecError
+from emo_select.pipeline.adopt import twin_key
 from emo_select.pipeline.runs import Run
 from emo_select.spec import Execution, RunSpec, Training, checked, parse_keep_k
 from emo_select.tree import Tree, require_space
@@ -32,9 +33,8 @@ class Wanted:
 def expand(wanted: Wanted, tree: Tree, execution: Execution, *, download: bool = True) -> list[Run]:
     """Every run of the product, each checked against its model's headers and its task's data.
 
-    Keeping all experts is the same whatever the method, so such runs are made once, under the first method. Dense
-    models skip selection and are run once per task. `download` False takes models from disk
-    only. Raises a `UsageError` for the first thing that cannot work.
+    Dense models skip selection and are run once per task. `download` False takes models from disk only. Raises a
+    `UsageError` for the first thing that cannot work.
     """
     from emo_select.checkpoint import open_checkpoint
     from emo_select.tasks import get_tasks
@@ -97,8 +97,7 @@ def _choices(model: str, source: Checkpoint, wanted: Wanted) -> Iterator[_Choice
         notice = check_keep_k(source.config, keep_k, wanted.settings.get("num_shared"))
         if notice:
             progress.say(f"{model}: {notice}")
-        methods = wanted.methods if keep_k < total else wanted.methods[:1]
-        yield from (_Choice(keep_k, method) for method in dict.fromkeys(methods))
+        yield from (_Choice(keep_k, method) for method in dict.fromkeys(wanted.methods))
 
 
 def _dense_choice(model: str, source: Checkpoint, wanted: Wanted) -> _Choice:
@@ -134,7 +133,9 @@ def _bind(spec: RunSpec, tree: Tree, execution: Execution, source: Checkpoint, t
 
 def check_space(runs: Iterable[Run], tree: Tree) -> None:
     """Raise `DiskSpaceError` unless all pruned checkpoints of `runs` that are still to be written fit together."""
-    needed = sum(pruned_bytes(run) for run in runs if run.spec.selects and not run.paths.selected_model.exists())
+    missing = [run for run in runs if run.spec.selects and not run.paths.selected_model.exists()]
+    apart = {twin_key(run.spec, keeps_all=run.keeps_all): run for run in missing}  # the others are hard links
+    needed = sum(pruned_bytes(run) for run in apart.values())
     require_space(tree.root, needed, "Writing the pruned checkpoints")
 
 

@@ -128,4 +128,6 @@ def _not_applicable(run: Run, stage: str) -> str | None:
         return "this model skips selection"
     if stage == "activations" and run.spec.method not in ONE_PASS:
         return f"{run.spec.method} does not use them"
+    if stage == "activations" and run.keeps_all:
+        return "all experts are kept"
     return None

@@ -57,6 +57,14 @@ class Run:
         """The checkpoint that finetuning starts from, which is also checkpoint-0."""
         return self.paths.selected_model if self.spec.selects else self.source.directory
 
+    @cached_property
+    def keeps_all(self) -> bool:
+        """Whether nothing is pruned: then no method needs texts, and all methods come to the same result."""
+        from emo_select.models.families import experts_per_layer
+
+        spec = self.spec
+        return spec.selects and spec.num_shared is None and spec.keep_k >= max(experts_per_layer(self.source.config))
+
     def fingerprint(self, stage: str) -> str:
         """Digest of everything the outputs of `stage` depend on."""
         return digest({"stage": stage, **_DEPENDS[stage](self)})
@@ -71,6 +79,8 @@ def _activations_depend(run: Run) -> dict[str, Any]:
 def _select_depends(run: Run) -> dict[str, Any]:
     spec = run.spec
     own = {"method": spec.method, "keep_k": spec.keep_k, "num_shared": spec.num_shared}
+    if run.keeps_all:
+        return {**own, "model": run.source.fingerprint}
     if spec.method == "random":
         return {**own, "model": run.source.fingerprint, "seed": spec.calibration.seed}
     if spec.method == "layerwise":
@@ -79,6 +89,8 @@ def _select_depends(run: Run) -> dict[str, Any]:
 
 
 def _prune_depends(run: Run) -> dict[str, Any]:
+    if run.keeps_all:
+        return {"keep": "all", "model": run.source.fingerprint}
     return {"select": run.fingerprint("select")}
 
 

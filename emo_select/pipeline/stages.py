@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from emo_select import progress, record
 from emo_select.errors import EmoSelectError
-from emo_select.pipeline.plan import Action, Step, downstream, evaluated_steps
+from emo_select.pipeline.adopt import adopt, twin_key
+from emo_select.pipeline.plan import Action, Step, downstream, evaluated_steps, plan
 from emo_select.pipeline.runs import Run, checkpoint_fingerprint
 from emo_select.record import Measurement, RunRecord
 from emo_select.spec import Evaluation, Training
@@ -39,12 +40,26 @@ def execute_all(planned: Sequence[Planned]) -> list[tuple[Run, EmoSelectError]]:
         failed += _attempt(together, partial(select_together, together))
     broken = {id(run) for run, _ in failed}
     todo = [(run, steps) for run, steps in planned if id(run) not in broken and _has_work(steps)]
+    first: dict[str, Run] = {}
+    for run, _ in planned:
+        first.setdefault(twin_key(run.spec, keeps_all=run.keeps_all), run)
     with progress.track("Runs", total=len(todo)) as bar:
         for run, steps in todo:
             bar.update(f"{run.spec.model} {run.spec.task} keep-k {run.spec.keep_k} {run.spec.method}")
-            failed += _attempt([run], partial(execute, run, steps))
+            other = first[twin_key(run.spec, keeps_all=run.keeps_all)]
+            work = partial(execute, run, steps) if other is run else partial(follow, run, other, steps)
+            failed += _attempt([run], work)
             bar.advance()
     return failed
+
+
+def follow(run: Run, other: Run, steps: Sequence[Step]) -> None:
+    """Do the steps of a run after a run that shares stages with it, taking over what would come out the same."""
+    if run.keeps_all:  # a keep set says which method it is of, so each run has its own; nothing depends on it
+        execute(run, [step for step in steps if step.stage == "select"])
+    adopt(run, other)
+    left = {step.stage for step in plan(run) if step.action is Action.RUN}
+    execute(run, [step for step in steps if step.stage in left])
 
 
 def _has_work(steps: Sequence[Step]) -> bool:
@@ -111,7 +126,7 @@ def _shared_selections(planned: Sequence[Planned]) -> list[list[Run]]:
     groups: dict[str, list[Run]] = {}
     for run, steps in planned:
         marked = any(step.stage == "select" and step.action is Action.RUN for step in steps)
-        if marked and run.spec.method == "layerwise":
+        if marked and run.spec.method == "layerwise" and not run.keeps_all:
             shared = run.spec.model_copy(update={"keep_k": 1, "training": Training(), "evaluation": Evaluation()})
             groups.setdefault(shared.model_dump_json(), []).append(run)
     return [group for group in groups.values() if len(group) > 1]
@@ -164,6 +179,9 @@ def _choose(run: Run, measured: Measurement) -> KeepSet:
     from emo_select.experts import Scores, select_from_scores, select_random
 
     spec, config = run.spec, run.source.config
+    if run.keeps_all:
+        everything = select_random(config, spec.keep_k, about=_about(run))
+        return everything.model_copy(update={"method": spec.method})
     if spec.method == "layerwise":
         return _layerwise(run, [spec.keep_k], measured)[spec.keep_k]
     if spec.method == "random":
@@ -273,7 +291,7 @@ def _about(run: Run) -> dict[str, Any]:
     """What a keep set says of its origin."""
     spec, chosen = run.spec, run.spec.calibration
     origin = {"model": spec.model, "seed": chosen.seed}
-    if spec.method == "random":  # the others know the fingerprint from the weights or statistics they read
+    if spec.method == "random" or run.keeps_all:  # others know the fingerprint from the weights or statistics they read
         return {**origin, "fingerprint": run.source.fingerprint}
     return {**origin, "task": spec.task, "split": "validation", "num_shots": chosen.num_shots,
             "num_examples": chosen.num_examples}

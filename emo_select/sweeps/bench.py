@@ -136,6 +136,15 @@ def _open(name: str) -> Checkpoint | None:
     return open_checkpoint(name) if _is_here(name) else None
 
 
+def experts_of(model: str) -> int | None:
+    """Experts of a full layer of a model that is on this machine and has any; else None."""
+    from emo_select.models.families import is_moe
+    from emo_select.pipeline.expand import num_experts
+
+    found = _open(model)
+    return num_experts(found.config) if found is not None and is_moe(found.config) else None
+
+
 def _is_here(name: str) -> bool:
     """Whether opening the model needs no network. A local folder that is no checkpoint is left to `open_checkpoint`."""
     if name.startswith("demo/") or Path(name).expanduser().exists() or name.count("/") != 1:

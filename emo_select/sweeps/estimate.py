@@ -121,7 +121,8 @@ class Estimator:
         if any(self.bench.missing(item) for item in left):
             return Cost(unknown=len(left) if unit.kind == "run" else 0)
         if unit.kind == "run":
-            first, *twins = left
+            apart = {item.spec.evaluation: item for item in reversed(left)}  # the first of equal ones; others are links
+            first, *twins = (apart.pop(left[0].spec.evaluation), *apart.values())
             return sum((self._evaluation(item) for item in twins), self._run(first, selects=not _has_parent(unit)))
         tokens = self.calibration_tokens(left[0])
         passes = len({item.spec.keep_k for item in left}) if unit.kind == "select" else 1
@@ -136,7 +137,7 @@ class Estimator:
         todo = self._todo(item)
         size = self.pruned_bytes(item)
         cost = self._evaluation(item)
-        if selects and "select" in todo and parent_key(item.spec) is not None:
+        if selects and "select" in todo and parent_key(item) is not None:
             cost += Cost(selection_tokens=self.calibration_tokens(item), bytes_read=self._source(item).total_bytes)
         if "prune" in todo:
             cost += Cost(bytes_read=size, bytes_written=size)
@@ -159,7 +160,7 @@ class Estimator:
         stages = done.stages if done else {}
         seconds = {name: stage.seconds for name, stage in stages.items() if "shared_with" not in stage.notes}
         selecting = "activations" if item.spec.method in ONE_PASS else "select"
-        if parent_key(item.spec) is not None and selecting in seconds:
+        if parent_key(item) is not None and selecting in seconds:
             yield "selection", self.calibration_tokens(item), seconds[selecting]
         if "finetune" in seconds:
             yield "training", self.training_tokens(item), seconds["finetune"]

@@ -4,16 +4,18 @@
            ├─ select ──────── runs of layerwise (all keep-k of a model, task and calibration: one pass over the disk)
            └───────────────── runs that share nothing (random choice, models that skip selection)
 
-Runs that differ only in how they are evaluated are one unit: it prunes and finetunes once.
+Runs that differ only in how they are evaluated are one unit: it prunes and finetunes once. So are runs of several
+methods or calibrations that keep all experts, which come to the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from emo_select.pipeline.adopt import twin_key
 from emo_select.pipeline.runs import ONE_PASS
-from emo_select.spec import Evaluation, Frozen, RunSpec, Training, digest
+from emo_select.spec import Evaluation, Frozen, Training, digest
 from emo_select.sweeps.spec import SweepRun
 
 Kind = Literal["fetch", "activations", "select", "run"]
@@ -37,29 +39,30 @@ def build(runs: Sequence[SweepRun]) -> list[Unit]:
     if not runs:
         return []
     fetch = _unit("fetch", "models and data", _representatives(runs), ())
-    workers = _grouped(runs, twin_key).values()
+    workers = _grouped(runs).values()
     parents: list[Unit] = []
     children: list[Unit] = []
     needs: dict[str, str] = {}
     for key, groups in _by_parent(workers).items():
         if key is not None and len(groups) > 1:
             parents.append(_parent([run for group in groups for run in group], fetch.name))
-            needs |= {twin_key(group[0].spec): parents[-1].name for group in groups}
+            needs |= {twins_of(group[0]): parents[-1].name for group in groups}
     for group in workers:
         spec = group[0].spec
-        parent = needs.get(twin_key(spec), fetch.name)
+        parent = needs.get(twins_of(group[0]), fetch.name)
         children.append(_unit("run", f"{spec.model_directory}/{spec.directory_name}", group, (parent,)))
     return [fetch, *parents, *children]
 
 
-def twin_key(spec: RunSpec) -> str:
+def twins_of(run: SweepRun) -> str:
     """Equal for runs that share everything up to finetuning."""
-    return spec.model_copy(update={"evaluation": Evaluation()}).model_dump_json()
+    return twin_key(run.spec, keeps_all=run.keeps_all)
 
 
-def parent_key(spec: RunSpec) -> str | None:
+def parent_key(run: SweepRun) -> str | None:
     """Equal for runs whose selection shares work; None for runs whose selection needs no texts."""
-    if not spec.selects:
+    spec = run.spec
+    if not spec.selects or run.keeps_all:
         return None
     if spec.method in ONE_PASS:
         return f"activations {spec.model_directory}/{spec.activations_name}"
@@ -77,14 +80,14 @@ def unshared(runs: Sequence[SweepRun]) -> list[Unit]:
 def _by_parent(groups: Iterable[list[SweepRun]]) -> dict[str | None, list[list[SweepRun]]]:
     found: dict[str | None, list[list[SweepRun]]] = {}
     for group in groups:
-        found.setdefault(parent_key(group[0].spec), []).append(group)
+        found.setdefault(parent_key(group[0]), []).append(group)
     return found
 
 
-def _grouped(runs: Iterable[SweepRun], key: Callable[[RunSpec], str]) -> dict[str, list[SweepRun]]:
+def _grouped(runs: Iterable[SweepRun]) -> dict[str, list[SweepRun]]:
     groups: dict[str, list[SweepRun]] = {}
     for run in runs:
-        groups.setdefault(key(run.spec), []).append(run)
+        groups.setdefault(twins_of(run), []).append(run)
     return groups
 
 
@@ -105,5 +108,5 @@ def _representatives(runs: Sequence[SweepRun]) -> list[SweepRun]:
 
 
 def _unit(kind: Kind, label: str, runs: Sequence[SweepRun], needs: tuple[str, ...]) -> Unit:
-    identity = [kind] if kind == "fetch" else [kind, label, parent_key(runs[0].spec) if kind == "select" else ""]
+    identity = [kind] if kind == "fetch" else [kind, label, parent_key(runs[0]) if kind == "select" else ""]
     return Unit(name=f"{kind}-{digest(identity)}", kind=kind, label=label, runs=tuple(runs), needs=needs)

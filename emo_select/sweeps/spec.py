@@ -1,7 +1,7 @@
 """What a sweep file says, and the runs it stands for.
 
     name: main
-    models: [allenai/Emo_1b14b_1T, {id: allenai/Dense_1b_130B, selects: false, keep_k: 32}]
+    models: [{id: allenai/Emo_1b14b_1T, experts: 128}, {id: allenai/Dense_1b_130B, selects: false, keep_k: 32}]
     tasks: [mc9, mmlu]
     keep_k: [8, 16, 32]
     methods: [layerwise]
@@ -36,6 +36,8 @@ class SweepModel(Frozen):
     id: str
     selects: bool = True
     keep_k: int | None = None
+    experts: int | None = None
+    """Experts of a full layer: runs that keep as many share all their work. None looks at the model, if it is here."""
 
 
 class Product(Frozen):
@@ -77,6 +79,8 @@ class SweepRun(Frozen):
 
     spec: RunSpec
     execution: Execution = Execution()
+    keeps_all: bool = False
+    """Whether it is known to keep all experts, so that its method does not matter."""
 
 
 def read_sweep(path: Path) -> SweepSpec:
@@ -100,10 +104,12 @@ def expand_sweep(sweep: SweepSpec) -> list[SweepRun]:
     Raises `SpecError` for a product without models or tasks, a key that a match or a setting does not have.
     """
     runs: dict[str, SweepRun] = {}
+    experts: dict[str, int | None] = {}
     for product in (sweep, *sweep.include):
+        experts |= {model.id: model.experts for model in product.models or () if model.experts}
         for spec in _product(sweep, product):
             if not any(matches(spec, rule) for rule in sweep.exclude):
-                run = _overridden(sweep, spec)
+                run = _overridden(sweep, spec, experts)
                 runs.setdefault(run.spec.model_dump_json(), run)
     return list(runs.values())
 
@@ -145,14 +151,27 @@ def _task_names(tasks: Sequence[str]) -> list[str]:
     return [task.name for task in get_tasks(list(tasks))]
 
 
-def _overridden(sweep: SweepSpec, spec: RunSpec) -> SweepRun:
+def _overridden(sweep: SweepSpec, spec: RunSpec, experts: dict[str, int | None]) -> SweepRun:
     settings: dict[str, Any] = {}
     execution = dict(sweep.execution)
     for override in sweep.overrides:
         if matches(spec, override.match):
             settings = merge(settings, override.settings)
             execution = merge(execution, override.execution)
-    return SweepRun(spec=RunSpec.parse(merge(spec.model_dump(), settings)), execution=checked(Execution, execution))
+    final = RunSpec.parse(merge(spec.model_dump(), settings))
+    return SweepRun(spec=final, execution=checked(Execution, execution), keeps_all=_keeps_all(final, experts))
+
+
+def _keeps_all(spec: RunSpec, experts: dict[str, int | None]) -> bool:
+    """Whether a run keeps all experts; `experts` are those of a full layer by model, completed where possible."""
+    if not spec.selects or spec.num_shared is not None:
+        return False
+    if spec.model not in experts:
+        from emo_select.sweeps.bench import experts_of
+
+        experts[spec.model] = experts_of(spec.model)
+    total = experts[spec.model]
+    return total is not None and spec.keep_k >= total
 
 
 def merge(base: dict[str, Any], *layers: dict[str, Any]) -> dict[str, Any]:

@@ -16,10 +16,9 @@ from typing import Any
 
 from emo_select import progress, record
 from emo_select.errors import EmoSelectError, LockedError, StandstillError
-from emo_select.pipeline.adopt import adopt
 from emo_select.pipeline.plan import Action, Step, plan
 from emo_select.pipeline.runs import Run
-from emo_select.pipeline.stages import execute, select_together
+from emo_select.pipeline.stages import execute, follow, select_together
 from emo_select.record import StageRecord
 from emo_select.sweeps import store
 from emo_select.sweeps.bench import Bench
@@ -157,12 +156,14 @@ def _select(unit: Unit, bench: Bench, notes: dict[str, Any]) -> None:
 
 
 def _run(unit: Unit, bench: Bench, notes: dict[str, Any]) -> None:
-    left = _left(unit, bench, notes)
     first = bench.bind(unit.runs[0])
-    for run in left:
-        if run is not first:
-            adopt(run, first)
-        execute(run, plan(run))
+    done = {first.spec.evaluation: first}
+    for run in _left(unit, bench, notes):
+        if run is first:
+            execute(run, plan(run))
+        else:
+            follow(run, done.get(run.spec.evaluation, first), plan(run))
+            done.setdefault(run.spec.evaluation, run)
 
 
 def _left(unit: Unit, bench: Bench, notes: dict[str, Any]) -> list[Run]:

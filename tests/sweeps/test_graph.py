@@ -13,8 +13,8 @@ from emo_select.sweeps.spec import SweepRun, SweepSpec, expand_sweep, read_sweep
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 NUMBERS = {  # runs, then units: activations, select, run
     "main": (1012, 0, 184, 1012),
-    "methods": (1380, 92, 92, 1380),
-    "calibration": (1992, 0, 332, 1328),
+    "methods": (1380, 92, 92, 1196),
+    "calibration": (1992, 0, 332, 1060),
     "demo": (20, 4, 4, 20),
 }
 SMALL = {"name": "small", "models": ["a/b"], "tasks": ["demo_harbor"], "keep_k": [2, 4]}
@@ -80,6 +80,17 @@ def test_another_calibration_shares_nothing_and_another_evaluation_shares_all_bu
     other_shots = build(expanded(variants=[{}, {"evaluation": {"num_shots": 0}}]))
     assert kinds(other_shots) == {"fetch": 1, "select": 1, "run": 2}
     assert all(len(unit.runs) == 2 for unit in other_shots if unit.kind == "run")
+
+
+def test_runs_that_keep_all_experts_are_one_unit_whatever_their_method():
+    methods = ["layerwise", "easy_ep", "random"]
+    told = build(expanded(models=[{"id": "a/b", "experts": 4}], methods=methods))
+    assert kinds(told) == {"fetch": 1, "run": 4}  # three for keep-k 2, which share nothing, and one for keep-k 4
+    [whole] = [unit for unit in told if len(unit.runs) == 3]
+    assert {run.spec.method for run in whole.runs} == set(methods) and {run.spec.keep_k for run in whole.runs} == {4}
+    assert kinds(build(expanded(methods=methods))) == {"fetch": 1, "activations": 1, "select": 1, "run": 6}
+    here = build(expanded(models=["demo/emo"], keep_k=[8, 32], methods=methods))
+    assert kinds(here) == {"fetch": 1, "run": 4}
 
 
 def test_a_units_name_depends_on_what_it_is():

@@ -309,6 +309,15 @@ def test_a_plan_counts_shared_work_once(tmp_path):
     assert found["seconds"] == pytest.approx(shared["tokens"] / 1000)
 
 
+def test_keeping_all_experts_costs_once_for_all_methods(make_sweep):
+    methods = ["layerwise", "easy_ep", "random"]
+    control, single = make_sweep(keep_k=[32], methods=methods), make_sweep(keep_k=[32])
+    estimator = estimate.Estimator(control.bench)
+    shared, alone = estimator.shared(control.units), estimator.alone(control.runs)
+    assert shared == estimator.shared(single.units) and shared.selection_tokens == 0
+    assert (alone.tokens, alone.bytes_written) == (3 * shared.tokens, 3 * shared.bytes_written)
+
+
 def test_a_plan_of_absent_models_says_so_and_downloads_nothing(make_sweep):
     control = make_sweep(models=["allenai/Emo_1b14b_1T"], keep_k=[8, 16])
     estimator = estimate.Estimator(control.bench)
