@@ -23,8 +23,8 @@ NumShots = Annotated[int | None, typer.Option("--num-shots", min=0, show_default
                                               help="Few-shot examples before each example.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the checkpoints.", rich_help_panel=OUTPUT)]
 Force = Annotated[bool, typer.Option("--force", help="Replace another model's checkpoints.", rich_help_panel=OUTPUT)]
-MaxLength = Annotated[int, typer.Option("--max-length", min=2, help="Tokens of an example; the rest is cut off.",
-                                        rich_help_panel=TRAIN)]
+MaxLength = Annotated[int, typer.Option("--max-length", min=2, rich_help_panel=TRAIN,
+                                        help="Tokens of an example, within the model's context; the rest is cut off.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the order of the examples.", rich_help_panel=TRAIN)]
 
 

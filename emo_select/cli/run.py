@@ -72,6 +72,8 @@ def run(
                 "memory_budget": memory_budget, "data_dir": data_dir, "trust_remote_code": trust_remote_code,
                 "plots": plots}
     runs = _expand(model, task, keep_k, method, settings, machine, output_dir, download=not dry_run)
+    if recipe["file"]:
+        _require_own_examples(runs)
     _run_all(runs, stages, force, output_dir, dry_run=dry_run, as_json=as_json)
 
 
@@ -84,6 +86,14 @@ def _expand(model: list[str], task: list[str], keep_k: list[str], method: list[s
     tree = Tree.at(output_dir)
     wanted = Wanted(common.listed(model), common.listed(task), common.listed(keep_k), common.listed(method), settings)
     return expand(wanted, tree, checked(Execution, machine), download=download)
+
+
+def _require_own_examples(runs: list[Run]) -> None:
+    """Find out before selection, which may take hours, that own examples cannot be trained on."""
+    from emo_select.finetune import require_own_examples
+
+    for directory, wanted in {run.source.directory: run.spec.training for run in runs}.items():
+        require_own_examples(directory, wanted)
 
 
 def _run_all(runs: list[Run], stages: str, force: str, output_dir: str | None, *, dry_run: bool, as_json: bool) -> None:

@@ -3,6 +3,6 @@
 Importing this imports no torch; the functions do.
 """
 
-from emo_select.finetune.run import TrainReport, finetune, require_trainable
+from emo_select.finetune.run import TrainReport, finetune, require_own_examples, require_trainable
 
-__all__ = ["TrainReport", "finetune", "require_trainable"]
+__all__ = ["TrainReport", "finetune", "require_own_examples", "require_trainable"]

@@ -193,7 +193,7 @@ def _require_fitting_answer(number: int, text: Text, ends: NDArray[np.int64], ma
     if size > max_length:
         raise TaskError(
             f"The answer of training example {number + 1} has {size} tokens and the limit is {max_length}; "
-            "raise --max-length or shorten it."
+            "shorten it, or raise --max-length as far as the model's context allows."
         )
 
 
@@ -210,7 +210,8 @@ def _file_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Text
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"The training file {path} cannot be read ({error}).") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise TaskError(f"The training file {path} cannot be read ({reason}); write JSONL.") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield _row_text(_parsed(line, f"Line {number} of {path}"), f"Line {number} of {path}", tokenizer)

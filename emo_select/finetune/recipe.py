@@ -64,9 +64,9 @@ def require_gpus(execution: Execution, device: str) -> None:
     """Raise `UsageError` when more GPUs are asked for than there are. On a CPU, `num_gpus` counts processes."""
     import torch
 
-    wanted = execution.num_gpus or 1
-    if device == "cuda" and wanted > torch.cuda.device_count():
-        raise UsageError(f"{wanted} GPUs were asked for and {torch.cuda.device_count()} are there; lower --gpus.")
+    wanted, there = execution.num_gpus or 1, torch.cuda.device_count()
+    if device == "cuda" and wanted > there:
+        raise UsageError(f"Training asks for {wanted} of the {there} GPUs here; lower --gpus, or write --device cpu.")
 
 
 def require_tracker(execution: Execution) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emo_select.checkpoint import Checkpoint, open_checkpoint
+from emo_select.checkpoint import Checkpoint, open_checkpoint, read_config
 from emo_select.errors import SpecError, UsageError
 from emo_select.finetune import recipe
 from emo_select.finetune.examples import TokenSet, encode_examples, encode_file
@@ -79,13 +79,28 @@ def finetune(
     from emo_select.models import load_tokenizer
 
     tokenizer = load_tokenizer(str(model_dir))
+    limit = _length_limit(model_dir, training)
     if training.file is not None:
-        tokens = encode_file(Path(training.file), tokenizer, training.max_length)
+        tokens = encode_file(Path(training.file), tokenizer, limit)
     else:
-        tokens = encode_examples(examples, tokenizer, delimiter, training.max_length)
+        tokens = encode_examples(examples, tokenizer, delimiter, limit)
     return finetune_tokens(
         model_dir, tokens, out_dir, training, execution, pad_token=_pad_token(tokenizer), replace=replace
     )
+
+
+def require_own_examples(model_dir: Path, training: Training) -> None:
+    """Raise what `finetune` would raise for the rows of `training.file`, if there is one."""
+    from emo_select.models import load_tokenizer
+
+    if training.file is not None:
+        encode_file(Path(training.file), load_tokenizer(str(model_dir)), _length_limit(model_dir, training))
+
+
+def _length_limit(model_dir: Path, training: Training) -> int:
+    """Tokens of an example without the end-of-sequence token, so that with it none exceeds the model's context."""
+    context = read_config(model_dir).get("max_position_embeddings")
+    return training.max_length if context is None else min(training.max_length, int(context) - 1)
 
 
 def finetune_tokens(

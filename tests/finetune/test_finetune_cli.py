@@ -80,6 +80,8 @@ def test_a_run_trains_by_the_same_options():
         (["--lora", "--lora-target", "q_prj"], "did you mean 'q_proj'"),
         (["--lora", "--freeze", "routed"], "leave out --freeze or --lora"),
         (["--report-to", "trackio"], "pip install trackio"),
+        (["--train-file", "no-such-file"], "training file no-such-file cannot be read"),
+        (["--train-file", os.devnull], "No training example is left"),
     ],
 )
 def test_a_run_that_could_not_train_is_not_begun(changes, message):
@@ -131,7 +133,7 @@ def test_own_data_then_merge_back(model, own_data, tmp_path):
         (["--max-length", 2], "raise --max-length"),
         (["--task", "arc_easy"], "one of --task and --train-file"),
         (["--dtype", "float16"], "overflows"),
-        (["--device", "cuda"], "GPUs were asked for"),
+        (["--device", "cuda"], "GPUs here"),
         (["--report-to", "trackio"], "pip install trackio"),
     ],
 )
@@ -160,6 +162,17 @@ def test_tensorboard_logs_stay_when_the_training_is_complete(model, own_data, tm
     logged = events.EventAccumulator(str(out / "logs")).Reload()
     losses = [entry["loss"] for entry in json.loads(result.stdout)["history"]]
     assert [event.value for event in logged.Scalars("train/loss")] == pytest.approx(losses)
+
+
+def test_nothing_longer_than_the_context_is_trained(model, tmp_path):
+    """The golden model reads 256 tokens, fewer than --max-length; the end-of-sequence token is one of them."""
+    fits, too_long = tmp_path / "fits.jsonl", tmp_path / "long.jsonl"
+    for path, size in ((fits, 255), (too_long, 256)):
+        path.write_text(json.dumps({"prompt": "ab", "completion": "c" * size}))
+    result = invoke(*options(model, fits, tmp_path / "out"), "--batch-size", 1, "--micro-batch-size", 1, "--json")
+    assert json.loads(result.stdout)["tokens"] == 256
+    result = invoke(*options(model, too_long, tmp_path / "out"))
+    assert "has 256 tokens and the limit is 255" in str(result.exception)
 
 
 def test_the_output_does_not_lie_within_the_model(model, own_data):
