@@ -57,6 +57,8 @@ class RunRecord(Frozen):
     spec: RunSpec
     model_fingerprint: str = ""
     data_fingerprint: str = ""
+    task_file: str | None = None
+    """Where the file of a user's own task lay."""
     stages: dict[str, StageRecord] = {}
 
 

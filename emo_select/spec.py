@@ -120,6 +120,8 @@ class Execution(Frozen):
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     memory_budget: str | None = None
     data_dir: str | None = None
+    task_file: str | None = None
+    """Where the file of a user's own task lies; by its name alone, it would be looked for here and in `data_dir`."""
     trust_remote_code: bool = False
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     gradient_checkpointing: bool = True

@@ -18,6 +18,7 @@ from rich.text import Text
 from emo_select import progress
 from emo_select.errors import EmoSelectError
 from emo_select.sweeps import estimate, states
+from emo_select.sweeps.bench import pending
 from emo_select.sweeps.control import Control, find
 from emo_select.sweeps.graph import KINDS, Unit
 from emo_select.sweeps.states import ALIVE, Standing, State
@@ -36,11 +37,12 @@ def plan_data(control: Control, tokens_per_second: float | None) -> dict[str, An
     given = tokens_per_second
     rates = estimate.Rates(given, given, given) if given else estimator.rates(control.runs)
     profile, keep = control.submission.profile, control.submission.keep_weights
+    todo = pending(bench, control.units).values()
     return {
         "sweep": control.submission.sweep.name,
         "runs": {"all": len(control.runs), "done": len(control.runs) - len(left), "to_do": len(left)},
         "reasons": dict(Counter(_reason(control, run) for run in left).most_common()),
-        "units": {kind: _unit_counts(control, kind) for kind in KINDS},
+        "units": {kind: _unit_counts(control.units, todo, kind) for kind in KINDS},
         "cost": shared.as_data(),
         "cost_without_sharing": alone.as_data(),
         "seconds": estimator.seconds(shared, rates),
@@ -53,7 +55,8 @@ def plan_data(control: Control, tokens_per_second: float | None) -> dict[str, An
 def show_plan(found: dict[str, Any]) -> None:
     """Print a plan for people."""
     runs, units, cost, alone = found["runs"], found["units"], found["cost"], found["cost_without_sharing"]
-    typer.echo(f"{found['sweep']}: {runs['all']} runs, {runs['done']} done, {runs['to_do']} to do")
+    plural = "s" * (runs["all"] != 1)
+    typer.echo(f"{found['sweep']}: {runs['all']} run{plural}, {runs['done']} done, {runs['to_do']} to do")
     for reason, count in list(found["reasons"].items())[:SHOWN]:
         typer.echo(f"  {count} × {reason}")
     table = _table("units", "all", "to do", "for runs")
@@ -62,7 +65,7 @@ def show_plan(found: dict[str, Any]) -> None:
     _print(table)
     if runs["to_do"] > cost["unknown"]:
         _print(_cost_table(cost, alone))
-        typer.echo(f"Disk: {found['disk_bytes'] / 1e9:,.1f} GB with --keep-weights {found['keep_weights']}. "
+        typer.echo(f"Disk: {_bytes(found['disk_bytes'])} with --keep-weights {found['keep_weights']}. "
                    f"Time: {_time(found['seconds'])}.")
     if cost["unknown"]:
         typer.echo(f"{cost['unknown']} runs are left out of the costs: their model or data is not on this machine.")
@@ -141,7 +144,7 @@ def show_report(found: dict[str, Any]) -> None:
     for kind, sums in (*found["kinds"].items(), ("total", found["total"])):
         table.add_row(kind, str(sums["units"]), str(sums["attempts"]), str(sums["not_done"]),
                       _duration(sums["seconds"]), _duration(sums["gpu_seconds"]), f"{sums['tokens']:,}",
-                      f"{sums['peak_memory'] / 1e9:.2f} GB")
+                      _bytes(sums["peak_memory"]))
     _print(table)
     for name in ("hosts", "gpus", "commits"):
         if found[name]:
@@ -171,10 +174,10 @@ def show_table(control: Control) -> None:
     typer.echo("\n\n".join(tables.render(table, "text") for table in made))
 
 
-def _unit_counts(control: Control, kind: str) -> dict[str, int]:
-    units = [unit for unit in control.units if unit.kind == kind]
-    todo = [unit for unit in units if unit.kind != "fetch" and control.bench.left(unit)]
-    return {"all": len(units), "to_do": len(todo), "runs": sum(len(unit.runs) for unit in todo)}
+def _unit_counts(units: Iterable[Unit], todo: Iterable[Unit], kind: str) -> dict[str, int]:
+    mine = [unit for unit in todo if unit.kind == kind]
+    return {"all": sum(unit.kind == kind for unit in units), "to_do": len(mine),
+            "runs": sum(len(unit.runs) for unit in mine)}
 
 
 def _reason(control: Control, run: Any) -> str:
@@ -187,14 +190,17 @@ def _reason(control: Control, run: Any) -> str:
 def _cost_table(cost: dict[str, int], alone: dict[str, int]) -> Table:
     table = _table("left to do", "", "shared", "each run alone", "saved")
     names = {"selection_tokens": "tokens, selection", "training_tokens": "tokens, training (forward and backward)",
-             "evaluation_tokens": "tokens, evaluation", "bytes_read": "GB of weights read",
-             "bytes_written": "GB written"}
+             "evaluation_tokens": "tokens, evaluation", "bytes_read": "weights read",
+             "bytes_written": "weights written"}
     for key, name in names.items():
-        scale = 1e9 if key.startswith("bytes") else 1
-        digits = 1 if key.startswith("bytes") else 0
+        written = _bytes if key.startswith("bytes") else "{:,}".format
         saved = f"{1 - cost[key] / alone[key]:.0%}" if alone[key] else ""
-        table.add_row(name, f"{cost[key] / scale:,.{digits}f}", f"{alone[key] / scale:,.{digits}f}", saved)
+        table.add_row(name, written(cost[key]), written(alone[key]), saved)
     return table
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
 
 
 def _state_table(standings: Sequence[Standing]) -> Table:

@@ -50,7 +50,8 @@ class Run:
         """The task's definition and data."""
         from emo_select.tasks import get_tasks
 
-        return get_tasks([self.spec.task], data_dir=self.execution.data_dir)[0]
+        machine = self.execution
+        return get_tasks([machine.task_file or self.spec.task], data_dir=machine.data_dir)[0]
 
     @property
     def start_model(self) -> Path:
@@ -139,4 +140,6 @@ def reopen(directory: Path, execution: Execution) -> Run:
     found = record.load(RunPaths(directory))
     if found is None:
         raise CheckpointError(f"{directory} has no run.json; start it with `emo-select run` or `emo-select select`.")
+    if found.task_file is not None and Path(found.task_file).is_file():
+        execution = execution.model_copy(update={"task_file": found.task_file})
     return Run(found.spec, Tree(directory.parent.parent), execution)

@@ -106,8 +106,11 @@ def _perform(run: Run, stage: str, fingerprint: str, work: Work) -> None:
 
 
 def _opened(run: Run) -> RunRecord:
+    from emo_select.tasks import task_file
+
     done = record.load(run.paths) or RunRecord(spec=run.spec)
-    now = {"spec": run.spec, "model_fingerprint": run.source.fingerprint, "data_fingerprint": run.task.fingerprint()}
+    now = {"spec": run.spec, "model_fingerprint": run.source.fingerprint, "data_fingerprint": run.task.fingerprint(),
+           "task_file": task_file(run.spec.task)}
     return done.model_copy(update=now)
 
 

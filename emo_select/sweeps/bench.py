@@ -93,7 +93,7 @@ class Bench:
         if not known:
             known.update((task.name, remembering(task)) for task in list_tasks(folder))
         if name not in known:
-            known[name] = remembering(get_tasks([name], folder)[0])
+            known[name] = remembering(get_tasks([execution.task_file or name], folder)[0])
         return known[name]
 
 

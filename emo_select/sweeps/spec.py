@@ -95,7 +95,23 @@ def read_sweep(path: Path) -> SweepSpec:
         raise SpecError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(data, dict):
         raise SpecError(f"{path} is not a sweep file: it must be a mapping with `name`, `models`, `tasks`, ….")
-    return checked(SweepSpec, data)
+    return _with_whole_paths(checked(SweepSpec, data), path.parent)
+
+
+def _with_whole_paths(sweep: SweepSpec, folder: Path) -> SweepSpec:
+    """Task files by absolute paths, so that the sweep means the same from every directory.
+
+    They are given relative to the sweep file or, where there is none, to the current directory.
+    """
+    def whole(task: str) -> str:
+        beside = folder / task
+        return str((beside if beside.exists() else Path(task)).absolute()) if task.endswith((".yaml", ".yml")) else task
+
+    def of(product: Product) -> dict[str, Any]:
+        return {"tasks": tuple(map(whole, product.tasks)) if product.tasks is not None else None}
+
+    include = tuple(product.model_copy(update=of(product)) for product in sweep.include)
+    return sweep.model_copy(update={**of(sweep), "include": include})
 
 
 def expand_sweep(sweep: SweepSpec) -> list[SweepRun]:
@@ -122,7 +138,7 @@ def matches(spec: RunSpec, rule: dict[str, Any]) -> bool:
 def _product(sweep: SweepSpec, product: Product) -> Iterator[RunSpec]:
     models, tasks, keep_ks, methods = (
         _factor(sweep, product, name) for name in ("models", "tasks", "keep_k", "methods"))
-    names = _task_names(tasks)
+    names = _task_names(tasks, sweep.execution.get("data_dir"))
     for model in models:
         chosen = keep_ks if model.selects else (model.keep_k or keep_ks[0],)
         for task in names:
@@ -145,15 +161,17 @@ def _factor(sweep: SweepSpec, product: Product, name: str, default: Any = None) 
     return value
 
 
-def _task_names(tasks: Sequence[str]) -> list[str]:
+def _task_names(tasks: Sequence[str], data_dir: str | None) -> list[str]:
     from emo_select.tasks import get_tasks
 
-    return [task.name for task in get_tasks(list(tasks))]
+    return [task.name for task in get_tasks(list(tasks), data_dir)]
 
 
 def _overridden(sweep: SweepSpec, spec: RunSpec, experts: dict[str, int | None]) -> SweepRun:
+    from emo_select.tasks import task_file
+
     settings: dict[str, Any] = {}
-    execution = dict(sweep.execution)
+    execution = {"task_file": task_file(spec.task), **sweep.execution}
     for override in sweep.overrides:
         if matches(spec, override.match):
             settings = merge(settings, override.settings)

@@ -54,6 +54,11 @@ def get_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> list[
     return list(chosen.values())
 
 
+def task_file(name: str) -> str | None:
+    """The file that this process has read the user task `name` from, as an absolute path; None for other tasks."""
+    return str(_user_files[name]) if name in _user_files else None
+
+
 def _named(name: str, known: Sequence[Task], data_dir: Path | None) -> Sequence[Task]:
     if name.endswith((".yaml", ".yml")):
         return [_user_task(Path(name), known)]

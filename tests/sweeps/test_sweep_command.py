@@ -9,8 +9,14 @@ from typer.testing import CliRunner
 
 from emo_select.cli.app import app
 from emo_select.errors import EmoSelectError, SpecError
+from emo_select.pipeline import execute, plan, reopen
+from emo_select.spec import Execution
 from emo_select.sweeps import store
-from emo_select.sweeps.store import Attempt
+from emo_select.sweeps.control import Control
+from emo_select.sweeps.spec import read_sweep
+from emo_select.sweeps.store import Attempt, Submission
+from emo_select.sweeps.work import perform
+from emo_select.tree import Tree
 
 
 def call(*words):
@@ -110,6 +116,33 @@ def test_a_wrong_file_is_one_sentence(tmp_path, text, message):
     file.write_text(text)
     done = call("plan", file, "-o", tmp_path)
     assert message in str(done.exception)
+
+
+def test_a_task_file_is_found_from_every_directory(tmp_path, monkeypatch):
+    folder, elsewhere = tmp_path / "mine", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    rows = [{"question": f"{n} + 1 =", "answer": str(n + 1)} for n in range(20)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "task.yaml").write_text(json.dumps({
+        "name": "sums", "kind": "generation", "data": "sums.jsonl", "text": "{{ question }}", "answer": "{{ answer }}",
+        "splits": {"train": 0.5, "validation": 0.2, "test": 0.3}}))
+    (folder / "sweep.yaml").write_text(json.dumps({
+        "name": "own", "models": ["demo/emo"], "tasks": ["task.yaml"], "keep_k": [8], "methods": ["random"],
+        "execution": {"device": "cpu"}}))
+    control = Control(Tree(tmp_path / "tree"), Submission(sweep=read_sweep(folder / "sweep.yaml")))
+    store.save_submission(control.paths, control.submission)
+    run = control.bench.bind(control.runs[0])
+    execute(run, [step for step in plan(run) if step.stage == "select"])
+    store.save_jobs(control.paths, control._jobs({unit.name: unit for unit in control.units}, control.watch.look()))
+
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr("emo_select.tasks.registry._user_files", {})  # as in another process
+    assert reopen(run.paths.directory, Execution()).task.fingerprint() == run.task.fingerprint()
+    monkeypatch.setattr("emo_select.tasks.registry._user_files", {})
+    perform(control.paths.unit(control.units[0].name))
+    monkeypatch.setattr("emo_select.tasks.registry._user_files", {})
+    assert "own: 1 run, 0 done" in call("plan", "own", "-o", control.tree.root).stdout
 
 
 def test_a_missing_file_is_named(tmp_path):
