@@ -1,9 +1,14 @@
 """Golden trainings, tiny models, and what they start from."""
 
 import json
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -55,3 +60,28 @@ def letter_rows() -> str:
     """Eight own examples as JSONL."""
     rows = [{"prompt": "ab" * (1 + index % 3), "completion": "cd"} for index in range(8)]
     return "\n".join(map(json.dumps, rows))
+
+
+def forked(work: Callable[[], object], processes: int = 1) -> list[int]:
+    """Exit codes of processes that do `work` and start as copies of this one, which has everything imported.
+
+    Several are joined as torchrun joins them.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    copies = [get_context("fork").Process(target=_enter, args=(work, rank, processes, port))
+              for rank in range(processes)]
+    for copy in copies:
+        copy.start()
+    for copy in copies:
+        copy.join(300)
+    return [copy.exitcode for copy in copies]
+
+
+def _enter(work: Callable[[], object], rank: int, world: int, port: int) -> None:
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                       "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    work()

@@ -3,14 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from finetune_cases import CPU, GOLDEN, golden_tokens, golden_training
+from finetune_cases import CPU, GOLDEN, forked, golden_tokens, golden_training
 from safetensors.torch import load_file
 
 from emo_select.errors import CheckpointError
@@ -18,23 +15,6 @@ from emo_select.finetune import saving, worker
 from emo_select.finetune.run import finetune_tokens
 
 CASE = "moe_shared1_k8"
-KILLED = """
-    import os, signal, sys
-    sys.path.insert(0, {tests!r})
-    from pathlib import Path
-    import test_training_resume
-    from emo_select.finetune import saving
-
-    save = saving.Keeper.save
-
-    def save_and_die(self, step):
-        save(self, step)
-        if step == 11:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    saving.SAVING_SHARE, saving.Keeper.save = 1e9, save_and_die  # the state is written at every step
-    test_training_resume.train(Path({out!r}))
-"""
 
 
 class Stopped(BaseException):
@@ -68,14 +48,6 @@ def require_same(out, report, undisturbed):
     assert not (out / ".training").exists()
 
 
-def test_killed_in_the_second_epoch(tmp_path, undisturbed):
-    out = tmp_path / "out"
-    code = textwrap.dedent(KILLED.format(tests=str(Path(__file__).parent), out=str(out)))
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == -signal.SIGKILL
-    assert (out / ".training" / "state").is_dir() and (out / "checkpoint-8").is_dir()
-    require_same(out, train(out), undisturbed)
-
-
 def stop_after(monkeypatch, stopping_step, action):
     """Write the state at every step, and do `action` when that of `stopping_step` has been written."""
     save = saving.Keeper.save
@@ -87,6 +59,18 @@ def stop_after(monkeypatch, stopping_step, action):
 
     monkeypatch.setattr(saving, "SAVING_SHARE", 1e9)
     monkeypatch.setattr(saving.Keeper, "save", save_and_act)
+
+
+def test_killed_in_the_second_epoch(tmp_path, undisturbed):
+    out = tmp_path / "out"
+
+    def train_and_die():
+        stop_after(pytest.MonkeyPatch(), 11, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        train(out)
+
+    assert forked(train_and_die) == [-signal.SIGKILL]
+    assert (out / ".training" / "state").is_dir() and (out / "checkpoint-8").is_dir()
+    require_same(out, train(out), undisturbed)
 
 
 def test_stopped_while_writing_the_state(tmp_path, undisturbed, monkeypatch):
