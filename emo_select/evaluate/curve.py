@@ -14,7 +14,8 @@ from emo_select import progress
 from emo_select.checkpoint import Checkpoint, open_checkpoint
 from emo_select.errors import SpecError, UnknownNameError
 from emo_select.evaluate import parallel
-from emo_select.evaluate.run import EvalOptions, Evaluator, load_engine
+from emo_select.evaluate.options import EvalOptions
+from emo_select.evaluate.run import Evaluator, load_engine
 from emo_select.spec import METHODS, Calibration, digest
 from emo_select.tasks.base import Task
 from emo_select.tree import write_json

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from emo_select import progress
 from emo_select.checkpoint import open_checkpoint
-from emo_select.errors import SpecError, UnknownNameError, UsageError
+from emo_select.errors import SpecError, UsageError
 from emo_select.evaluate import parallel
+from emo_select.evaluate.options import EvalOptions
 from emo_select.evaluate.responses import ResponseStore
 from emo_select.evaluate.results import Heading, Outcome, finished_metrics, write_results
 from emo_select.models.adapters import adapter_fingerprint, base_and_adapter, merge_adapter
@@ -26,42 +26,7 @@ if TYPE_CHECKING:
     from emo_select.evaluate.engine import SharedPrefixLM
 
 Metrics = dict[str, Any]
-BACKENDS = ("hf", "vllm")
 NAMED_ROWS = 20  # documents listed by number per kind of problem
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """How a checkpoint is evaluated. The first five decide the numbers, the others the machine.
-
-    `samples` picks documents per task (name -> numbers in the test split) in place of the first `limit`.
-    `dtype` "auto" means float32, in which the published evaluation ran. `device_map` spreads a model over devices.
-    `token_budget` is the number of new tokens per forward (None: from free memory).
-    """
-
-    num_shots: int | None = None
-    limit: int | None = None
-    samples: Mapping[str, Sequence[int]] | None = None
-    max_length: int = 2048
-    dtype: str = "float32"
-    add_bos_token: bool = False
-    backend: str = "hf"
-    device: str = "auto"
-    device_map: str | None = None
-    token_budget: int | None = None
-    trust_remote_code: bool = False
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.samples is not None:
-            raise SpecError("--limit and --samples exclude each other; leave one out.")
-        if self.backend not in BACKENDS:
-            raise UnknownNameError("backend", self.backend, BACKENDS)
-
-    @property
-    def precision(self) -> str:
-        """The dtype of weights and activations."""
-        return "float32" if self.dtype == "auto" else self.dtype
 
 
 def evaluate_checkpoint(

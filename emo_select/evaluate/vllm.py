@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from emo_select.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
-    from emo_select.evaluate.run import EvalOptions
+    from emo_select.evaluate.options import EvalOptions
     from emo_select.models.config import EmoConfig
 
 ARCHITECTURES = ("EmoForCausalLM", "FlexOlmoNoQKNormPrenormForCausalLM")

@@ -211,7 +211,8 @@ def test_cores_change_nothing(loaded: Loaded, name: str) -> None:
         torch.set_num_threads(threads)
         try:
             scores = collect_activations(checkpoint, prompts(), groups, options=options)
-            sums = [layer and {name: values.tolist() for name, values in layer.values.items()} for layer in scores.layers]
+            sums = [layer and {kind: values.tolist() for kind, values in layer.values.items()}
+                    for layer in scores.layers]
             found.append((sums, select_layerwise(checkpoint, prompts(), [6, 9], score="easy_ep", options=options)))
         finally:
             torch.set_num_threads(1)
