@@ -162,7 +162,7 @@ def cancel(sweep: File, output_dir: common.OutputDir = None) -> None:
     from emo_select import progress
 
     count = _control(sweep, output_dir).cancel()
-    progress.say(f"{count} unit{'s' * (count != 1)} taken back from Slurm; what was finished is kept, `emo-select sweep resume` goes on.")
+    progress.say(f"{_units(count)} taken back from Slurm; what was finished is kept, `emo-select sweep resume` goes on.")
 
 
 @app.command()
@@ -220,6 +220,10 @@ def _control(sweep: str, output_dir: str | None, keep_weights: Keep | None = Non
     return Control(tree, store.Submission(sweep=spec, keep_weights=keep, profile=chosen))
 
 
+def _units(count: int) -> str:
+    return f"{count} unit{'s' * (count != 1)}"
+
+
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value not in (None, {})}
 
@@ -248,7 +252,7 @@ def _submit(control: Control, *, wait: bool, again: bool) -> None:
     if not done:
         progress.say("Nothing to hand in: everything is done, in the queue or set aside.")
     elif not local:
-        progress.say(f"{len(done)} unit{'s' * (len(done) != 1)} handed to Slurm; `emo-select sweep status {control.submission.sweep.name}` "
+        progress.say(f"{_units(len(done))} handed to Slurm; `emo-select sweep status {control.submission.sweep.name}` "
                      "shows how they fare.")
     if wait and not local:
         sweep_views.follow(control)
