@@ -162,7 +162,7 @@ def cancel(sweep: File, output_dir: common.OutputDir = None) -> None:
     from emo_select import progress
 
     count = _control(sweep, output_dir).cancel()
-    progress.say(f"{_units(count)} taken back from Slurm; what was finished is kept, `emo-select sweep resume` goes on.")
+    progress.say(f"{_units(count)} taken back from Slurm; what is finished stays, `emo-select sweep resume` goes on.")
 
 
 @app.command()
