@@ -9,6 +9,7 @@ import torch
 
 from emo_select.evaluate.prefixes import ScoredInput
 from emo_select.evaluate.scoring import SharedPrefixScorer
+from emo_select.models.masks import why_no_mask
 
 PROBE_PREFIX, PROBE_PACK = 70, 16  # long enough to be cached, small enough for several rows
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -17,26 +18,7 @@ LOW_PRECISION_TOLERANCE = 0.15
 
 def why_not(model: Any, max_length: int) -> str | None:
     """Why this model has to take the stock path, or None when packing gives its own numbers."""
-    return _configuration_forbids(model.config.get_text_config(), max_length) or _probe_fails(model)
-
-
-def _configuration_forbids(config: Any, max_length: int) -> str | None:
-    if config.is_encoder_decoder:
-        return "it is an encoder-decoder"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"{config._attn_implementation} attention takes no custom mask"
-    for name in ("sliding_window", "attention_chunk_size"):
-        window = getattr(config, name, None)
-        if window and window < max_length and _is_local(config):
-            return f"its attention is limited to {window} tokens"
-    return None
-
-
-def _is_local(config: Any) -> bool:
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return any(kind != "full_attention" for kind in kinds)
-    return bool(getattr(config, "use_sliding_window", True))
+    return why_no_mask(model.config.get_text_config(), max_length) or _probe_fails(model)
 
 
 def _probe_fails(model: Any) -> str | None:

@@ -110,7 +110,7 @@ class _Collection:
             states.write(batch.start, experts(attention(batch, self.source.read(batch))))
             return recorder.parts if recorder else []
 
-        for batch, parts in stage.workers.map(step, stage.batches):
+        for batch, parts in stage.each_batch(step):
             if recorder is not None:
                 recorder.sums.add(parts)
             meter.advance(batch.stop - batch.start)

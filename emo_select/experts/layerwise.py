@@ -144,14 +144,14 @@ class _Layerwise:
         def step(batch: Batch) -> list[list[Part]]:
             below, found = source.read(batch), []
             for branch, target in zip(members, targets, strict=True):  # the last one writes where `below` lies
-                hidden = attention(batch, branch.half(below) if branch.half else below)
+                hidden = attention(batch, branch.half(below) if branch.half else below, branch.requests[0])
                 found.append(observer.see(branch, batch, attention, hidden) if observer else [])
                 target.write(batch.start, hidden)
             return found
 
         if observer is not None:
             observer.begin(members)
-        for batch, found in self.stage.workers.map(step, self.stage.batches):
+        for batch, found in self.stage.each_batch(step):
             for branch, parts in zip(members, found, strict=True):
                 if observer is not None:
                     observer.sums(branch).add(parts)

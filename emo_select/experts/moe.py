@@ -6,17 +6,16 @@ Shapes: T tokens, E experts of the layer, K experts per token, D hidden, S = T·
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from emo_select.experts.batches import GroupRows
 from emo_select.experts.rules import LayerRules
 from emo_select.experts.scores import NEEDS_EXPERTS, LayerSums, Part
-
-GroupRows = Sequence[tuple[int, Tensor | None]]
 
 
 class Recorder(threading.local):
@@ -27,7 +26,7 @@ class Recorder(threading.local):
 
     def __init__(self, sums: LayerSums, rules: LayerRules, scoring: str) -> None:
         self.sums, self.rules, self.scoring = sums, rules, scoring
-        self.begin(((0, None),))
+        self.begin([(0, None, 1)])
 
     def begin(self, group_rows: GroupRows) -> None:
         """Forget the last batch; the next one's rows belong to these groups (see `Batch.group_rows`)."""
@@ -84,12 +83,12 @@ class Recorder(threading.local):
         return self._gates / torch.where(shared, shared_sum, routed_sum).clamp(min=torch.finfo(torch.float32).tiny)
 
     def _add(self, name: str, per_token: Tensor) -> None:
-        """Sum (T, E) in fp64 over the rows of each group."""
+        """Sum (T, E) in fp64 over the rows of each group, as often as they count."""
         if name not in self.sums.values:
             return
-        for group, rows in self._group_rows:
+        for group, rows, times in self._group_rows:
             chosen = per_token if rows is None else per_token.index_select(0, rows.to(per_token.device))
-            self.parts.append((name, group, chosen.sum(dim=0, dtype=torch.float64)))
+            self.parts.append((name, group, times * chosen.sum(dim=0, dtype=torch.float64)))
 
     def _add_chosen(self, name: str, per_choice: Tensor) -> None:
         """Sum values (T, K) of the chosen experts, which are distinct for each token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,15 +14,17 @@ import torch
 from emo_select import progress
 from emo_select.checkpoint import Checkpoint
 from emo_select.errors import SpecError
-from emo_select.experts.batches import Batch, pack
+from emo_select.experts.batches import Batch, GroupRows, pack
 from emo_select.experts.options import StreamOptions
+from emo_select.experts.prefixes import split, whole
 from emo_select.experts.rules import LayerRules, layer_rules
 from emo_select.experts.scores import LayerSums
 from emo_select.experts.states import Budget, HiddenStates
 from emo_select.experts.stream import Embedded, Reader, Skeleton
 from emo_select.experts.team import Team
-from emo_select.experts.workers import Workers
+from emo_select.experts.workers import Result, Workers
 from emo_select.models.families import experts_per_layer
+from emo_select.models.masks import why_no_mask
 
 EVERYTHING = "all"  # the group of examples that were given none
 
@@ -32,7 +34,7 @@ class Pass:
 
     Attributes:
         groups, tokens, examples: example groups, with their numbers of tokens and examples over all processes.
-        batches: this process's part, packed.
+        segments: this process's part, what texts share only once. batches: the segments, packed.
         layers: number of decoder layers.
     """
 
@@ -43,15 +45,15 @@ class Pass:
         self.team = Team.join(self.device)
         self.rules: list[LayerRules | None] = layer_rules(checkpoint.config, num_shared)
         self.layers = len(experts_per_layer(checkpoint.config))
+        self.reader = Reader(checkpoint, self.device, self.dtype)
+        self.skeleton = Skeleton(checkpoint, self.device, self.dtype)
         self._count(token_ids, groups or [EVERYTHING] * len(token_ids))
-        self.batches = pack([len(ids) for ids in self._ids], options.batch_tokens())
+        self.batches = pack(self.segments, options.batch_tokens())
         self.rows = self.batches[-1].stop if self.batches else 0
         self.budget = Budget(self.device, options.budget_bytes(), options.scratch)
         self.workers = Workers(self.device)
-        self.reader = Reader(checkpoint, self.device, self.dtype)
-        self.skeleton = Skeleton(checkpoint, self.device, self.dtype)
-        self.key = _digest(checkpoint.fingerprint, self.dtype, options.batch_tokens(), self.team.size, num_shared,
-                           token_ids, groups)
+        self.key = _digest(checkpoint.fingerprint, self.dtype, options.batch_tokens(), len(self.segments),
+                           self.team.size, num_shared, token_ids, groups)
 
     def _count(self, token_ids: Sequence[Sequence[int]], groups: Sequence[str]) -> None:
         self.groups = list(dict.fromkeys(groups))
@@ -61,21 +63,27 @@ class Pass:
             self.tokens[number[group]] += len(ids)
             self.examples[number[group]] += 1
         mine = self.team.share(len(token_ids))
-        self._ids = [token_ids[i] for i in mine]
-        self._group_of = [number[groups[i]] for i in mine]
+        texts, of_group = [token_ids[i] for i in mine], [number[groups[i]] for i in mine]
+        apart = why_no_mask(self.skeleton.config, max(map(len, texts), default=0))
+        self.segments = (whole if apart else split)(texts, of_group)
 
     def embedded(self) -> Embedded:
         """The tokens before the first layer."""
-        return Embedded(self.reader, self._ids)
+        return Embedded(self.reader, [segment.tokens for segment in self.segments])
 
     def new_states(self) -> HiddenStates:
         """Room for the hidden states of this process's tokens."""
         width = self.skeleton.config.hidden_size
         return self.budget.allocate(self.rows, width, self.dtype)
 
-    def group_rows(self, batch: Batch) -> list[tuple[int, torch.Tensor | None]]:
+    def group_rows(self, batch: Batch) -> GroupRows:
         """See `Batch.group_rows`."""
-        return batch.group_rows(self._group_of)
+        return batch.group_rows(self.segments)
+
+    def each_batch(self, step: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result]]:
+        """(batch, step(batch)) for all batches, those of shared prefixes done before any other begins."""
+        for leads in (True, False):
+            yield from self.workers.map(step, [batch for batch in self.batches if batch.leads == leads])
 
     def new_sums(self, layer: int, names: Sequence[str]) -> LayerSums:
         """Zeros for an MoE layer."""

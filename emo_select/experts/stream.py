@@ -28,6 +28,7 @@ from emo_select.errors import CheckpointError, ModelError, NumericError
 from emo_select.experts.batches import Batch
 from emo_select.experts.keepset import KeepSet
 from emo_select.experts.moe import NoAttention, NoExperts, Recorder, StreamedExperts, attach
+from emo_select.experts.prefixes import Ids
 from emo_select.experts.prune import pruned_config
 from emo_select.models.families import (
     ParameterSource,
@@ -251,10 +252,20 @@ class AttentionHalf:
 
     def __init__(self, base: Any, stand_in: NoExperts) -> None:
         self._base, self._stand_in = base, stand_in
+        self._contexts: dict[tuple[int, int], Tensor] = {}
 
-    def __call__(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """(T, D) packed → (T, D) packed."""
-        return batch.unpad(self._base(inputs_embeds=batch.pad(hidden), use_cache=False).last_hidden_state)
+    def __call__(self, batch: Batch, hidden: Tensor, stream: int = 0) -> Tensor:
+        """(T, D) packed → (T, D) packed. Batches of one `stream` find there the prefixes that they continue."""
+        if batch.leads:  # a copy, since `hidden` may be overwritten
+            parts = hidden.clone().split(list(batch.lengths))
+            self._contexts |= {(stream, number): part for number, part in zip(batch.segments, parts, strict=True)}
+        if batch.parent is None:
+            padded, apart = batch.pad(hidden), {}
+        else:
+            padded = batch.pad(hidden, self._contexts[stream, batch.parent])
+            apart = {"attention_mask": batch.mask(hidden.dtype, hidden.device),
+                     "position_ids": batch.positions().to(hidden.device)}
+        return batch.unpad(self._base(inputs_embeds=padded, use_cache=False, **apart).last_hidden_state)
 
     def router_input(self, batch: Batch) -> Tensor:
         """(T, D): what the router of this layer gets for the batch that just went through, in this thread."""
@@ -277,8 +288,8 @@ class ExpertsHalf:
 class Embedded:
     """The calibration tokens' embeddings; only rows of tokens that occur are read."""
 
-    def __init__(self, reader: Reader, token_ids: Sequence[Sequence[int]]) -> None:
-        self._ids = [np.asarray(ids, dtype=np.int64) for ids in token_ids]
+    def __init__(self, reader: Reader, token_ids: Sequence[Ids]) -> None:
+        self._ids = token_ids
         used = np.unique(np.concatenate(self._ids)) if self._ids else np.empty(0, dtype=np.int64)
         size = reader.checkpoint.info(EMBEDDING).shape[0]
         if len(used) and not 0 <= used[0] <= used[-1] < size:
@@ -288,7 +299,7 @@ class Embedded:
 
     def read(self, batch: Batch) -> Tensor:
         """(T, D) of a batch."""
-        ids = np.concatenate([self._ids[example] for example in batch.examples])
+        ids = np.concatenate([self._ids[number] for number in batch.segments])
         rows = torch.from_numpy(np.searchsorted(self._used, ids))
         return self._table[rows.to(self._table.device)]
 

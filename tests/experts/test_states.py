@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,33 +15,40 @@ from hypothesis import strategies as st
 
 from emo_select.errors import DiskSpaceError, SpecError
 from emo_select.experts.batches import pack
+from emo_select.experts.prefixes import Segment
 from emo_select.experts.states import Budget, HiddenStates, parse_bytes
 
 CPU = torch.device("cpu")
 
 
+def alone(lengths: Sequence[int], groups: Sequence[int] | None = None) -> list[Segment]:
+    return [Segment(np.arange(length), ((group, 1),))
+            for length, group in zip(lengths, groups or [0] * len(lengths), strict=True)]
+
+
 @given(st.lists(st.integers(0, 40), max_size=30), st.integers(1, 120))
 def test_packing_covers_every_token_once(lengths: list[int], budget: int) -> None:
-    batches = pack(lengths, budget)
-    assert sorted(e for b in batches for e in b.examples) == [i for i, n in enumerate(lengths) if n]
+    batches = pack(alone(lengths), budget)
+    assert sorted(e for b in batches for e in b.segments) == [i for i, n in enumerate(lengths) if n]
     at = 0
     for batch in batches:
         assert batch.start == at
         at = batch.stop
         rows, width = batch.shape
         assert rows * width <= budget or rows == 1
-        assert batch.lengths == tuple(lengths[e] for e in batch.examples)
+        assert batch.lengths == tuple(lengths[e] for e in batch.segments)
     assert at == sum(lengths)
 
 
 def test_padding_is_on_the_right_and_comes_off_again() -> None:
-    (batch,) = pack([2, 3], 100)
+    segments = alone([2, 3], [0, 1])
+    (batch,) = pack(segments, 100)
     packed = torch.arange(1.0, 6.0)[:, None]
     assert batch.pad(packed)[..., 0].tolist() == [[1, 2, 3], [4, 5, 0]]
     assert torch.equal(batch.unpad(batch.pad(packed)), packed)
-    assert [(group, rows and rows.tolist()) if rows is None else (group, rows.tolist())
-            for group, rows in batch.group_rows([0, 1])] == [(0, [3, 4]), (1, [0, 1, 2])]
-    assert batch.group_rows([5, 5]) == [(5, None)]
+    assert [(group, None if rows is None else rows.tolist(), times)
+            for group, rows, times in batch.group_rows(segments)] == [(0, [3, 4], 1), (1, [0, 1, 2], 1)]
+    assert batch.group_rows(alone([2, 3], [5, 5])) == [(5, None, 1)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
