@@ -40,7 +40,6 @@ from emo_select.models.families import (
     read_parameter,
 )
 
-READERS = 4  # threads that read a layer's experts: disks and page cache serve several requests at a time
 EMBEDDING = "model.embed_tokens.weight"
 FIRST_NORMS = ("input_layernorm", "pre_attention_layernorm")  # feed attention alone, so the experts half needs none
 
@@ -67,7 +66,6 @@ class Reader:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.family = check_layout(checkpoint)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._readers = ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="read")
         self._ahead: dict[tuple[str, int], Future[Any]] = {}
         self._spare: dict[str, Tensor] = {}
 
@@ -106,9 +104,8 @@ class Reader:
         return self._finite(name, self.checkpoint.read(name, rows)).to(self.device, self.dtype)
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Stop the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-        self._readers.shutdown(wait=True, cancel_futures=True)
 
     def _read_shell(self, layer: int) -> Shell:
         sources = layer_parameters(self.checkpoint, layer, experts=())
@@ -125,18 +122,10 @@ class Reader:
                 for source in self._expert_sources(layer, kept)}
 
     def _read_fused(self, source: ParameterSource) -> Tensor:
-        """One parameter of all experts; those that lie apart on disk are read by several threads."""
-        values = self._room(source)
+        """One parameter of all experts."""
+        values = read_parameter(self.checkpoint, source, self._room(source))
         if source.tensor is not None:
-            return self._finite(source.tensor, read_parameter(self.checkpoint, source, values))
-        step = -(-len(source.blocks) // READERS)
-        parts = [slice(at, at + step) for at in range(0, len(source.blocks), step)]
-
-        def read(part: slice) -> None:
-            some = ParameterSource(source.parameter, blocks=source.blocks[part])
-            read_parameter(self.checkpoint, some, values[part])
-
-        list(self._readers.map(read, parts))
+            return self._finite(source.tensor, values)
         if not _is_finite(values):
             for names, block in zip(source.blocks, values, strict=True):
                 self._finite(" or ".join(names), block)
@@ -232,7 +221,9 @@ class Skeleton:
         return ExpertsHalf(layer)
 
     def _layer(self, index: int, config: Any) -> nn.Module:
-        with torch.device("meta"):
+        from transformers.initialization import no_init_weights
+
+        with torch.device("meta"), no_init_weights():
             layer: nn.Module = self._classes[index](config, index)
         return layer.eval()
 
