@@ -1,6 +1,7 @@
 """Selection side by side: the streaming engine against the plain published algorithm, and its memory.
 
     python benchmarks/selection.py speed            # 16 layers × 128 experts, hidden 256, width 128, 32 × 128 tokens
+    python benchmarks/selection.py few-shot         # 64 texts of 512 tokens that share the first 448
     python benchmarks/selection.py memory           # a checkpoint of at least 6 GB: peak resident memory by /proc
     python benchmarks/selection.py estimate         # the same figures on paper for the published 54 GB checkpoint
     python benchmarks/selection.py device           # tokens/s at the published shape in bf16, where there is a GPU
@@ -30,7 +31,9 @@ from emo_select.experts import StreamOptions, collect_activations, prune_checkpo
 source, arguments = sys.argv[1], json.loads(sys.argv[2])
 torch.set_num_threads(arguments.get("threads", 2))
 draw = torch.Generator().manual_seed(0)
-prompts = torch.randint(3, 500, arguments["prompts"], generator=draw).tolist()
+prompts = torch.randint(3, 500, arguments["prompts"], generator=draw)
+prompts[:, :arguments.get("shared", 0)] = prompts[0, :arguments.get("shared", 0)]
+prompts = prompts.tolist()
 checkpoint = open_checkpoint(source)
 options = StreamOptions(**arguments.get("options", {{}}))
 select_layerwise(open_checkpoint(arguments["warm"]), [[5, 6, 7]], [4])  # imports and first calls
@@ -63,12 +66,12 @@ BARE = "found = None"  # imports and the warm-up: what the memory is compared wi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "memory", "estimate", "device"))
+    parser.add_argument("what", choices=("speed", "few-shot", "memory", "estimate", "device"))
     parser.add_argument("--folder", type=Path, default=Path("/tmp/emo-select-benchmark"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--five", action="store_true", help="speed: also run the plain algorithm for all five keep-k")
     chosen = parser.parse_args()
-    {"speed": speed, "memory": memory, "estimate": estimate, "device": device}[chosen.what](chosen)
+    {"speed": speed, "few-shot": few_shot, "memory": memory, "estimate": estimate, "device": device}[chosen.what](chosen)
 
 
 def measure(code: str, source: Path, warm: Path, **arguments: Any) -> dict[str, Any]:
@@ -107,6 +110,19 @@ def speed(chosen: argparse.Namespace) -> None:
     rows = [ratio("layerwise, keep 16", plain, ours, "keep sets identical"),
             ratio(f"layerwise, keep {KEEP_KS}", apart, together, apart["note"]),
             ratio("EASY-EP and every other criterion", plain_easy, easy, f"scores within {worst:.0e}")]
+    print(table(rows, ["", "plain wall s", "ours wall s", "×", "plain CPU s", "ours CPU s", "×", ""]))
+
+
+def few_shot(chosen: argparse.Namespace) -> None:
+    source, warm = make_random_checkpoint(chosen.folder / "small"), tiny(chosen.folder)
+    rows = []
+    for name, plain_code, code in (("layerwise, keep 16", PLAIN_LAYERWISE, OURS_LAYERWISE),
+                                   ("EASY-EP and every other criterion", PLAIN_EASY_EP, OURS_EASY_EP)):
+        plain, ours = (measure(c, source, warm, keep_ks=[16], prompts=[64, 512], shared=448, threads=chosen.threads)
+                       for c in (plain_code, code))
+        if code == OURS_LAYERWISE:
+            assert plain["found"] == ours["found"], "the keep sets differ"
+        rows.append(ratio(name, plain, ours, ""))
     print(table(rows, ["", "plain wall s", "ours wall s", "×", "plain CPU s", "ours CPU s", "×", ""]))
 
 
