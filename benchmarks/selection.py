@@ -71,7 +71,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--five", action="store_true", help="speed: also run the plain algorithm for all five keep-k")
     chosen = parser.parse_args()
-    {"speed": speed, "few-shot": few_shot, "memory": memory, "estimate": estimate, "device": device}[chosen.what](chosen)
+    run = {"speed": speed, "few-shot": few_shot, "memory": memory, "estimate": estimate, "device": device}
+    run[chosen.what](chosen)
 
 
 def measure(code: str, source: Path, warm: Path, **arguments: Any) -> dict[str, Any]:
