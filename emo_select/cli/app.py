@@ -74,6 +74,8 @@ def main() -> None:
         raise SystemExit(128 + interrupted.signum) from None
     except BrokenPipeError:
         raise SystemExit(141) from None
+    finally:
+        gc.freeze()  # the process ends: a last look through all that was imported would take a second
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
