@@ -18,7 +18,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 demo: $(VENV)/installed  ## select, prune, finetune, evaluate and table the two shipped models
 	$(BIN)/emo-select run --model demo/emo,demo/stdmoe --task demo_railway,demo_theater \
-	  --keep-k full,50%,25%,12.5% --method layerwise,easy_ep,random --epochs 2 --batch-size 16 --micro-batch-size 16 --lr 1e-3
+	  --keep-k full,50%,25%,12.5% --method layerwise,easy_ep,random --batch-size 16 --micro-batch-size 16 --lr 1e-3
 
 test: lint types unit  ## everything but the tests on a real Slurm
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +61,7 @@ def train(job: Job) -> None:
 
     from emo_select.finetune.reporting import reporting
 
+    _set_imports_aside()
     set_seed(job.training.seed)
     with track("Finetuning") as bar:
         trainer = _trainer(job, bar)
@@ -67,6 +70,14 @@ def train(job: Job) -> None:
     if trainer.is_world_process_zero():
         _finish(job, trainer)
     trainer.accelerator.wait_for_everyone()
+
+
+@cache
+def _set_imports_aside() -> None:
+    """Spare every training the search for garbage among a million objects that libraries made when imported."""
+    import emo_select.finetune.trainer  # noqa: F401
+
+    gc.freeze()
 
 
 def _trainer(job: Job, bar: Bar) -> RecipeTrainer:
