@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emo_select.errors import EmoSelectError
@@ -12,6 +11,7 @@ from emo_select.pipeline.plan import Action, Step, plan
 from emo_select.pipeline.runs import Run
 from emo_select.spec import Execution
 from emo_select.sweeps.graph import Unit
+from emo_select.sweeps.here import opened
 from emo_select.sweeps.spec import SweepRun
 from emo_select.tree import Tree
 
@@ -81,7 +81,7 @@ class Bench:
     def model(self, name: str) -> Checkpoint | None:
         """The opened model, or None where it is not on this machine."""
         if name not in self._models:
-            self._models[name] = _open(name)
+            self._models[name] = opened(name)
         return self._models[name]
 
     def task(self, name: str, execution: Execution) -> Task:
@@ -128,27 +128,3 @@ def _works(steps: list[Step] | None, stages: tuple[str, ...] | None) -> bool:
 
 def _marked(step: Step, stages: tuple[str, ...] | None) -> bool:
     return step.action is Action.RUN and (stages is None or step.stage in stages)
-
-
-def _open(name: str) -> Checkpoint | None:
-    from emo_select.checkpoint import open_checkpoint
-
-    return open_checkpoint(name) if _is_here(name) else None
-
-
-def experts_of(model: str) -> int | None:
-    """Experts of a full layer of a model that is on this machine and has any; else None."""
-    from emo_select.models.families import is_moe
-    from emo_select.pipeline.expand import num_experts
-
-    found = _open(model)
-    return num_experts(found.config) if found is not None and is_moe(found.config) else None
-
-
-def _is_here(name: str) -> bool:
-    """Whether opening the model needs no network. A local folder that is no checkpoint is left to `open_checkpoint`."""
-    if name.startswith("demo/") or Path(name).expanduser().exists() or name.count("/") != 1:
-        return True
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)

@@ -185,7 +185,7 @@ def _keeps_all(spec: RunSpec, experts: dict[str, int | None]) -> bool:
     if not spec.selects or spec.num_shared is not None:
         return False
     if spec.model not in experts:
-        from emo_select.sweeps.bench import experts_of
+        from emo_select.sweeps.here import experts_of
 
         experts[spec.model] = experts_of(spec.model)
     total = experts[spec.model]
