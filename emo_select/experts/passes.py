@@ -14,7 +14,7 @@ import torch
 from emo_select import progress
 from emo_select.checkpoint import Checkpoint
 from emo_select.errors import SpecError
-from emo_select.experts.batches import Batch, GroupRows, pack
+from emo_select.experts.batches import ROW_TOKENS, Batch, GroupRows, pack
 from emo_select.experts.options import StreamOptions
 from emo_select.experts.prefixes import split, whole
 from emo_select.experts.rules import LayerRules, layer_rules
@@ -52,7 +52,7 @@ class Pass:
         self.rows = self.batches[-1].stop if self.batches else 0
         self.budget = Budget(self.device, options.budget_bytes(), options.scratch)
         self.workers = Workers(self.device)
-        self.key = _digest(checkpoint.fingerprint, self.dtype, options.batch_tokens(), len(self.segments),
+        self.key = _digest(checkpoint.fingerprint, self.dtype, options.batch_tokens(), ROW_TOKENS,
                            self.team.size, num_shared, token_ids, groups)
 
     def _count(self, token_ids: Sequence[Sequence[int]], groups: Sequence[str]) -> None:
