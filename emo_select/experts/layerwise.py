@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from emo_select.checkpoint import Checkpoint
 from emo_select.experts.batches import Batch
@@ -231,7 +231,6 @@ class _Observer:
 
     def __init__(self, run: _Layerwise, shell: Shell) -> None:
         self._run, self._shell = run, shell
-        self._router: nn.Module = run.stage.skeleton.router(shell)
         self._recorders: dict[int, tuple[Recorder, ExpertsHalf | None]] = {}
         self._rules = run.stage.rules[shell.layer]
         assert self._rules is not None
@@ -251,7 +250,7 @@ class _Observer:
         if all_experts is not None:
             all_experts(hidden)
         else:
-            recorder.routed(*self._router(attention.router_input(batch)))
+            recorder.routed(*attention.route(batch))
         return recorder.parts
 
     def sums(self, branch: _Branch) -> LayerSums:

@@ -42,10 +42,9 @@ class Recorder(threading.local):
 
     def routed(self, logits: Tensor, gates: Tensor, index: Tensor) -> None:
         """Router output: logits (T, E), routing weights and expert indices (T, K)."""
-        probability = self.probabilities(logits)
-        self._index, self._gates, self._probability = index, gates.float(), probability.gather(1, index)
-        self._add("probability", probability)
-        self._add_chosen("count", torch.ones_like(self._gates))
+        self._index, self._gates, self._probability = index, gates.float(), self.probabilities(logits)
+        self._add("probability", self._probability)
+        self._add_chosen("count", self._gates.new_ones(()).expand_as(self._gates))
         self._add_chosen("gate", self._gates)
 
     def measured(self, norms: Tensor) -> None:
@@ -60,7 +59,7 @@ class Recorder(threading.local):
             return
         before = hidden.double()  # 1 - cos of nearly parallel vectors would lose half the digits of fp32
         turned = (1 - F.cosine_similarity(before, before + output, dim=-1)).clamp(min=0)
-        self._add_chosen("easy_ep", self._probability * self._norms * turned[:, None])
+        self._add_chosen("easy_ep", self._probability.gather(1, self._index) * self._norms * turned[:, None])
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Router probabilities (T, E) in fp32: softmax, listed shared experts apart; a sigmoid router's affinities.

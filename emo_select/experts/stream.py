@@ -11,6 +11,7 @@ alone, by transformers' own code:
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -32,12 +33,15 @@ from emo_select.experts.prefixes import Ids
 from emo_select.experts.prune import pruned_config
 from emo_select.models.families import (
     ParameterSource,
+    always_active_per_layer,
     check_layout,
+    expert_parameters,
     experts_per_layer,
     family_of,
     layer_parameters,
     parameter_shape,
     read_parameter,
+    shared_per_layer,
 )
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -119,7 +123,7 @@ class Reader:
 
     def _read_experts(self, layer: int, kept: Sequence[int]) -> dict[str, Tensor]:
         return {source.parameter.rpartition(".")[2]: self._read_fused(source).to(self.device, self.dtype)
-                for source in self._expert_sources(layer, kept)}
+                for source in expert_parameters(self.family, layer, kept)}
 
     def _read_fused(self, source: ParameterSource) -> Tensor:
         """One parameter of all experts."""
@@ -140,9 +144,6 @@ class Reader:
             spare = torch.empty(size, dtype=dtype)
         return spare[:size].view(shape)
 
-    def _expert_sources(self, layer: int, kept: Sequence[int]) -> list[ParameterSource]:
-        return [source for source in layer_parameters(self.checkpoint, layer, kept) if source.is_experts]
-
     def _finite(self, name: str, values: Tensor) -> Tensor:
         if not _is_finite(values):
             raise NumericError(f"The weights {name} of {self.checkpoint.directory} contain NaN or infinity; download "
@@ -150,7 +151,7 @@ class Reader:
         return values
 
     def _warm(self, layer: int, kept: Sequence[int]) -> None:
-        for source in self._expert_sources(layer, kept):
+        for source in expert_parameters(self.family, layer, kept):
             for name in [source.tensor] if source.tensor else [n for block in source.blocks for n in block]:
                 descriptor = self.checkpoint.file(self.checkpoint.info(name).shard)
                 for offset, count in self.checkpoint.ranges(name, source.rows):
@@ -170,31 +171,27 @@ class Skeleton:
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         self.base: Any = model.model.eval()
         self._classes = [type(layer) for layer in self.base.layers]
+        self._built = dict(enumerate(self.base.layers))  # each for the one attention half that will be asked for
+        self._configs: dict[str, Any] = {}
+        self._alike = _layers_alike(self.source)
         self.base.embed_tokens, self.base.norm = nn.Identity(), nn.Identity()
         self.base.rotary_emb = type(self.base.rotary_emb)(self.config).to(device)
 
     def attention_half(self, shell: Shell) -> AttentionHalf:
-        """Attention of the shell's layer; it takes the place of the one before.
+        """Attention of the shell's layer, with the router of the unpruned layer; it takes the place of the one before.
 
-        Afterwards `router_input` is what the layer's router and experts would see.
+        Afterwards `route` gives what that router says of the batch.
         """
-        layer = self._layer(shell.layer, self.config)
+        layer = self._built.pop(shell.layer, None) or self._layer(shell.layer, self.config)
         block = layer.get_submodule(self.family.moe_module)
+        router = self._router(layer, shell) if shell.expert_rows else None
         # a block whose router is called `router` (gpt_oss) returns its scores too
         stand_in = NoExperts("pair" if hasattr(block, "router") else "tensor")
         setattr(layer, self.family.moe_module, stand_in)
         tensors = {name: t for name, t in shell.tensors.items() if not name.startswith(f"{self.family.moe_module}.")}
         fill(layer, tensors, self.dtype, shell.layer)
         self.base.layers = nn.ModuleList(layer if i == shell.layer else _Skip() for i in range(len(self._classes)))
-        return AttentionHalf(self.base, stand_in)
-
-    def router(self, shell: Shell) -> nn.Module:
-        """The router of the unpruned layer."""
-        router = self._layer(shell.layer, self.config).get_submodule(self.family.router_module)
-        prefix = f"{self.family.router_module}."
-        fill(router, {name.removeprefix(prefix): t for name, t in shell.tensors.items() if name.startswith(prefix)},
-             self.dtype, shell.layer)
-        return router
+        return AttentionHalf(self.base, stand_in, router)
 
     def experts_half(self, shell: Shell, weights: Mapping[str, Tensor], *, kept: Sequence[int] | None = None,
                      rows: Tensor | None = None, recorder: Recorder | None = None) -> ExpertsHalf:
@@ -220,6 +217,13 @@ class Skeleton:
              self.dtype, shell.layer)
         return ExpertsHalf(layer)
 
+    def _router(self, layer: nn.Module, shell: Shell) -> nn.Module:
+        router = layer.get_submodule(self.family.router_module)
+        prefix = f"{self.family.router_module}."
+        fill(router, {name.removeprefix(prefix): t for name, t in shell.tensors.items() if name.startswith(prefix)},
+             self.dtype, shell.layer)
+        return router
+
     def _layer(self, index: int, config: Any) -> nn.Module:
         from transformers.initialization import no_init_weights
 
@@ -228,21 +232,22 @@ class Skeleton:
         return layer.eval()
 
     def _pruned_config(self, layer: int, kept: Sequence[int]) -> Any:
-        counts = experts_per_layer(self.source)
-        alone = self.family.per_layer_keys  # else all layers have the same count anyway
-        experts = tuple(None if not count else tuple(kept) if index == layer or not alone else tuple(range(count))
-                        for index, count in enumerate(counts))
+        experts = tuple(None if not count else tuple(kept) if index == layer or self._alike else tuple(range(count))
+                        for index, count in enumerate(experts_per_layer(self.source)))
         keep_set = KeepSet(experts=experts, method="layerwise", keep_k=len(kept))
-        config = _transformers_config(pruned_config(self.source, self.family, keep_set))
-        config._attn_implementation = self.config._attn_implementation
-        return config
+        content = pruned_config(self.source, self.family, keep_set)
+        key = json.dumps(content, sort_keys=True)
+        if key not in self._configs:
+            self._configs[key] = _transformers_config(content)
+            self._configs[key]._attn_implementation = self.config._attn_implementation
+        return self._configs[key]
 
 
 class AttentionHalf:
     """r = x + attention(norm(x)) of one layer, with the mask and rotary tables that the model itself makes."""
 
-    def __init__(self, base: Any, stand_in: NoExperts) -> None:
-        self._base, self._stand_in = base, stand_in
+    def __init__(self, base: Any, stand_in: NoExperts, router: nn.Module | None) -> None:
+        self._base, self._stand_in, self._router = base, stand_in, router
         self._contexts: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, batch: Batch, hidden: Tensor, stream: int = 0) -> Tensor:
@@ -258,9 +263,12 @@ class AttentionHalf:
                      "position_ids": batch.positions().to(hidden.device)}
         return batch.unpad(self._base(inputs_embeds=padded, use_cache=False, **apart).last_hidden_state)
 
-    def router_input(self, batch: Batch) -> Tensor:
-        """(T, D): what the router of this layer gets for the batch that just went through, in this thread."""
-        return batch.unpad(self._stand_in.seen)
+    def route(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (T, E), weights and indices (T, K) of the router for the batch that just went through, in this thread.
+        """
+        assert self._router is not None
+        found: tuple[Tensor, Tensor, Tensor] = self._router(batch.unpad(self._stand_in.seen))
+        return found
 
 
 class ExpertsHalf:
@@ -293,6 +301,12 @@ class Embedded:
         ids = np.concatenate([self._ids[number] for number in batch.segments])
         rows = torch.from_numpy(np.searchsorted(self._used, ids))
         return self._table[rows.to(self._table.device)]
+
+
+def _layers_alike(config: Mapping[str, Any]) -> bool:
+    """Whether every MoE layer has as many experts and shared ones as the others, and none is singled out."""
+    counts = zip(experts_per_layer(config), shared_per_layer(config), strict=True)
+    return len({count for count in counts if count[0]}) == 1 and not any(always_active_per_layer(config))
 
 
 def _is_finite(values: Tensor) -> bool:

@@ -317,15 +317,18 @@ def layer_parameters(checkpoint: Checkpoint, layer: int, experts: Sequence[int] 
     comes whole. Read them with `read_parameter`.
     """
     family = family_of(checkpoint.config)
-    prefix = f"model.layers.{layer}."
     count = experts_per_layer(checkpoint.config)[layer]
     kept = range(count) if experts is None else experts
     expert_names = {f.parts[0] for f in family.experts}
     plain = [ParameterSource(family.in_memory(name), name) for name in checkpoint.layers.get(layer, ())
              if (role := family.role(name)).kind != "expert" and role.suffix not in expert_names]
-    if not count or not len(kept):
-        return plain
-    return plain + [_fused_source(fused, prefix, kept) for fused in family.experts]
+    return plain + (expert_parameters(family, layer, kept) if count else [])
+
+
+def expert_parameters(family: Family, layer: int, experts: Sequence[int]) -> list[ParameterSource]:
+    """Sources of the expert weights of decoder layer `layer`, of these experts in that order."""
+    prefix = f"model.layers.{layer}."
+    return [_fused_source(fused, prefix, experts) for fused in family.experts] if len(experts) else []
 
 
 def _fused_source(fused: Fused, prefix: str, kept: Sequence[int]) -> ParameterSource:
@@ -388,8 +391,7 @@ def _check_layer(checkpoint: Checkpoint, family: Family, layer: int, count: int,
     prefix = f"model.layers.{layer}."
     expected = _expert_names(family, prefix, count) if count else {}
     for name in checkpoint.layers.get(layer, ()):
-        role = family.role(name)
-        if role.kind == "expert" and name not in expected:
+        if name not in expected and (role := family.role(name)).kind == "expert":
             raise CheckpointError(f"{name} is expert {role.expert} of layer {layer}, but config.json gives that layer "
                                   f"{count} experts.")
     first: dict[str, tuple[tuple[int, ...], str]] = {}
