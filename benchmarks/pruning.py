@@ -1,6 +1,6 @@
 """Pruning against `cp` of the same bytes, in the same run, with the memory that pruning took.
 
-    python benchmarks/pruning.py [--folder DIR] [--layers 4] [--keep-k 64] [--rounds 3]
+    python benchmarks/pruning.py [--folder DIR] [--layers 4] [--keep-k 64] [--rounds 6]
 
 Both sides end with everything on disk (fsync); the source is in the page cache for both.
 """
@@ -46,9 +46,11 @@ def compare(source: Path, keep_k: int, work: Path, rounds: int = 3) -> dict[str,
             model=str(source)).save(work / "selection.json")
     prune_s, copy_s, peak = [], [], 0
     for _ in range(rounds):
+        os.sync()  # else the disk is still busy with what was written before
         child = run_child(PRUNE, str(source), str(work / "selection.json"), str(work / "pruned"))
         prune_s.append(child["result"])
         peak = max(peak, child["peak_bytes"])
+        os.sync()
         copy_s.append(_copy(work / "pruned", work / "copy"))
     size = open_checkpoint(work / "pruned").total_bytes
     return {"bytes": size, "prune_s": min(prune_s), "cp_s": min(copy_s), "prune_rate": size / min(prune_s),
@@ -70,13 +72,15 @@ def main() -> None:
     """Print the comparison as a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
-    parser.add_argument("--layers", type=int, default=4, help="of 128 experts in 2 MB matrices: 0.8 GB each")
+    parser.add_argument("--layers", type=int, default=4, help="of 128 experts")
+    parser.add_argument("--hidden", type=int, default=1024, help="with --width 512 matrices of 2 MB: 0.8 GB a layer")
+    parser.add_argument("--width", type=int, default=512, help="of an expert")
     parser.add_argument("--keep-k", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=6)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as work:
-        source = make_random_checkpoint(Path(work) / "source", layers=options.layers, hidden=1024, width=512,
-                                        heads=8)
+        source = make_random_checkpoint(Path(work) / "source", layers=options.layers, hidden=options.hidden,
+                                        width=options.width, heads=8)
         found = compare(source, options.keep_k, Path(work), options.rounds)
     rows = [("bytes written", f"{found['bytes'] / 1e9:.2f} GB"), ("prune", f"{found['prune_rate'] / 1e6:.0f} MB/s"),
             ("cp", f"{found['cp_rate'] / 1e6:.0f} MB/s"), ("prune / cp", f"{found['ratio']:.2f}"),

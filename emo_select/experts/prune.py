@@ -45,6 +45,7 @@ from emo_select.tree import link_or_copy, require_space, staged_directory, write
 # Small files that belong to a checkpoint; weights in other formats and training state do not.
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 WORKERS = min(4, os.cpu_count() or 1)  # more gain nothing on one disk
+PART_BYTES = 4_000_000
 REPLACED = {"config.json", INDEX, "pruning_metadata.json", "experts.json", "expert_mask.json", "trainer_state.json"}
 
 
@@ -265,16 +266,31 @@ def _write_shards(checkpoint: Checkpoint, plan: PrunePlan, folder: Path, limit: 
         missing = [copies[name] for name in out.missing()]
         bar.advance((plan.total_bytes - sum(copy.spec.bytes for copy in missing)) / 1e9)
         with ThreadPoolExecutor(WORKERS) as pool:  # reading, checking and writing all let other threads run
-            for copy in pool.map(lambda copy: _write_tensor(checkpoint, copy, out), missing):
-                bar.advance(copy.spec.bytes / 1e9)
+            for written in pool.map(lambda part: _write_tensors(checkpoint, part, out), _parts(missing)):
+                bar.advance(written / 1e9)
 
 
-def _write_tensor(checkpoint: Checkpoint, copy: Copy, out: ShardedWriter) -> Copy:
-    if copy.spec.dtype == checkpoint.tensors[copy.source].dtype:
-        out.write_bytes(copy.spec.name, _finite_pieces(checkpoint, copy))
-    else:
-        out.write(copy.spec.name, _cast(checkpoint, copy))
-    return copy
+def _parts(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
+    """Consecutive tensors of some megabytes, so that handing them to a thread costs little beside writing them."""
+    part: list[Copy] = []
+    size = 0
+    for copy in copies:
+        part.append(copy)
+        size += copy.spec.bytes
+        if size >= PART_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _write_tensors(checkpoint: Checkpoint, copies: Sequence[Copy], out: ShardedWriter) -> int:
+    for copy in copies:
+        if copy.spec.dtype == checkpoint.tensors[copy.source].dtype:
+            out.write_bytes(copy.spec.name, _finite_pieces(checkpoint, copy))
+        else:
+            out.write(copy.spec.name, _cast(checkpoint, copy))
+    return sum(copy.spec.bytes for copy in copies)
 
 
 def _finite_pieces(checkpoint: Checkpoint, copy: Copy) -> Iterator[memoryview]:
