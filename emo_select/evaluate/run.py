@@ -17,6 +17,7 @@ from emo_select.evaluate.options import EvalOptions
 from emo_select.evaluate.responses import ResponseStore
 from emo_select.evaluate.results import Heading, Outcome, finished_metrics, write_results
 from emo_select.models.adapters import adapter_fingerprint, base_and_adapter, merge_adapter
+from emo_select.models.startup import importing
 from emo_select.spec import digest
 from emo_select.tasks.base import Task
 
@@ -105,7 +106,10 @@ class Evaluator:
 
     def _ask(self, task: Task) -> tuple[Outcome, dict[str, Any]]:
         """Put the task's requests to the model through lm-eval; the outcome, and which rows had a problem."""
-        from lm_eval.evaluator import evaluate
+        with importing():
+            from lm_eval.evaluator import evaluate
+
+            from emo_select.evaluate import engine  # noqa: F401
 
         options = self.options
         chosen = sorted(set(options.samples.get(task.name, ()))) if options.samples else []

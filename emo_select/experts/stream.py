@@ -43,6 +43,7 @@ from emo_select.models.families import (
     read_parameter,
     shared_per_layer,
 )
+from emo_select.models.startup import import_models
 
 EMBEDDING = "model.embed_tokens.weight"
 FIRST_NORMS = ("input_layernorm", "pre_attention_layernorm")  # feed attention alone, so the experts half needs none
@@ -162,6 +163,7 @@ class Skeleton:
     """The model without weights, and the halves of its layers as functions."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        import_models()
         from transformers import AutoModelForCausalLM
 
         self.source, self.device, self.dtype = checkpoint.config, device, dtype
@@ -340,9 +342,6 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, l
 def _transformers_config(config: Mapping[str, Any]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from emo_select.models import register
-
-    register()
     return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
 
 

@@ -12,6 +12,7 @@ from emo_select.checkpoint import Checkpoint, open_checkpoint, resolve
 from emo_select.errors import CheckpointError, ModelError
 from emo_select.models.config import EmoConfig, Olmo2NoQKNormPrenormConfig
 from emo_select.models.registration import register
+from emo_select.models.startup import import_models
 from emo_select.progress import say, track
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def load_model(
     register()
     with open_checkpoint(source) as checkpoint:
         config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+        import_models()
         if isinstance(config, EmoConfig | Olmo2NoQKNormPrenormConfig):
             check_tensors(checkpoint, config)
     if experts_implementation is None and isinstance(config, EmoConfig) and str(device) == "cpu":
