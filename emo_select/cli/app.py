@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import inspect
 import logging
 import os
 import signal
@@ -82,5 +83,16 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise _Interrupted(signum)  # unwinds the stack, so that files and locks are left in order
 
 
+def _flow(commands: typer.Typer) -> None:
+    """Let help texts break where the terminal ends, not where the docstring's lines do."""
+    for command in commands.registered_commands:
+        paragraphs = inspect.cleandoc(command.help or getattr(command.callback, "__doc__", None) or "").split("\n\n")
+        command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    for group in commands.registered_groups:
+        if group.typer_instance is not None:
+            _flow(group.typer_instance)
+
+
 for _group in GROUPS:
     importlib.import_module(f"emo_select.cli.{_group}").register(app)
+_flow(app)

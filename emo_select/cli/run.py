@@ -60,6 +60,7 @@ def run(
     """Select, prune, finetune and evaluate; skip what is done; end with the table.
 
     Every list option takes several values, repeated or comma-separated, and the command runs their product:
+
     [dim]emo-select run --model demo/emo --task demo --keep-k 25%,12.5% --method layerwise,random[/dim]
     """
     settings: dict[str, Any] = {
