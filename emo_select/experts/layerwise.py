@@ -249,8 +249,10 @@ class _Observer:
         recorder.begin(self._run.stage.group_rows(batch))
         if all_experts is not None:
             all_experts(hidden)
-        else:
+        elif recorder.needs_choice:
             recorder.routed(*attention.route(batch))
+        else:
+            recorder.scored(attention.logits(batch))
         return recorder.parts
 
     def sums(self, branch: _Branch) -> LayerSums:

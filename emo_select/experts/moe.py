@@ -40,10 +40,20 @@ class Recorder(threading.local):
         """Whether expert outputs have to be measured."""
         return not NEEDS_EXPERTS.isdisjoint(self.sums.values)
 
+    @property
+    def needs_choice(self) -> bool:
+        """Whether it matters which experts the router chose, or its logits suffice."""
+        return any(name != "probability" for name in self.sums.values)
+
+    def scored(self, logits: Tensor) -> None:
+        """Router logits (T, E)."""
+        self._probability = self.probabilities(logits)
+        self._add("probability", self._probability)
+
     def routed(self, logits: Tensor, gates: Tensor, index: Tensor) -> None:
         """Router output: logits (T, E), routing weights and expert indices (T, K)."""
-        self._index, self._gates, self._probability = index, gates.float(), self.probabilities(logits)
-        self._add("probability", self._probability)
+        self.scored(logits)
+        self._index, self._gates = index, gates.float()
         self._add_chosen("count", self._gates.new_ones(()).expand_as(self._gates))
         self._add_chosen("gate", self._gates)
 

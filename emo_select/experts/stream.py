@@ -272,6 +272,14 @@ class AttentionHalf:
         found: tuple[Tensor, Tensor, Tensor] = self._router(batch.unpad(self._stand_in.seen))
         return found
 
+    def logits(self, batch: Batch) -> Tensor:
+        """The first thing that `route` gives; without a choice of experts where the router can leave that out."""
+        alone = getattr(self._router, "logits", None)  # emo's router has it
+        if alone is None:
+            return self.route(batch)[0]
+        found: Tensor = alone(batch.unpad(self._stand_in.seen))
+        return found
+
 
 class ExpertsHalf:
     """r + experts(norm(r)) of one layer; tokens do not see each other here."""

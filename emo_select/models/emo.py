@@ -89,9 +89,13 @@ class EmoRouter(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(…, D) → logits (T, E), weights (T, K) in the dtype of `hidden`, expert indices (T, K)."""
-        logits = F.linear(hidden.reshape(-1, hidden.shape[-1]), self.weight)
+        logits = self.logits(hidden)
         weights, index = self.route(logits)
         return logits, weights.to(logits.dtype), index
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(…, D) → (T, E)."""
+        return F.linear(hidden.reshape(-1, hidden.shape[-1]), self.weight)
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (T, E) → weights (T, K) in fp32 and expert indices (T, K); weights are softmax probabilities.
