@@ -266,7 +266,7 @@ class AttentionHalf:
         return batch.unpad(self._base(inputs_embeds=padded, use_cache=False, **apart).last_hidden_state)
 
     def route(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The router's logits (T, E), weights and indices (T, K) for the batch that this thread has just put through."""
+        """The router's logits (T, E), weights and indices (T, K) for the batch this thread has just put through."""
         assert self._router is not None
         found: tuple[Tensor, Tensor, Tensor] = self._router(batch.unpad(self._stand_in.seen))
         return found
