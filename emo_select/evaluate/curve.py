@@ -125,7 +125,7 @@ def as_text(points: Sequence[Point], width: int = 40) -> str:
     for task in dict.fromkeys(point.task for point in points):
         own = [point for point in points if point.task == task]
         lines.append(f"{task} ({own[0].metric})")
-        lines += [f"  keep-k {point.keep_k:>4}  {point.size / 1e9:8.3f} GB  {point.value:6.3f}  "
+        lines += [f"  keep-k {point.keep_k:>4}  {point.size / 1e6:10,.1f} MB  {point.value:6.3f}  "
                   f"{'█' * round(width * max(point.value, 0) / top)}" for point in own]
     return "\n".join(lines)
 

@@ -146,7 +146,7 @@ def test_sweep_of_keep_k_on_one_loaded_model(model: Path, tasks: list[Task], tmp
 
 def test_the_curve_as_text() -> None:
     text = curve.as_text([curve.Point("t", 8, 10**9, "acc_raw", 0.5), curve.Point("t", 16, 2 * 10**9, "acc_raw", 1.0)])
-    assert text.splitlines()[0] == "t (acc_raw)" and "1.000 GB" in text and text.count("█") == 60
+    assert text.splitlines()[0] == "t (acc_raw)" and "1,000.0 MB" in text and text.count("█") == 60
 
 
 def test_samples_pick_documents(model: Path, tasks: list[Task], tmp_path: Path) -> None:
