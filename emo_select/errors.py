@@ -37,6 +37,10 @@ class ModelError(UsageError):
     """A model cannot be used for what was asked."""
 
 
+class TextError(UsageError):
+    """A text file cannot be read as what it should hold; the message names the file and the line."""
+
+
 class CheckpointError(UsageError):
     """Files of a checkpoint are missing, truncated or do not fit each other."""
 

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emo_select.errors import CheckpointError, DiskSpaceError, LockedError, SpecError
+from emo_select import textfile
+from emo_select.errors import CheckpointError, DiskSpaceError, LockedError, SpecError, TextError
 from emo_select.spec import RunSpec, parse_directory_name
 
 DEFAULT_ROOT = "selective_evals_final"
@@ -238,11 +239,10 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read JSON; a missing or damaged file becomes a `CheckpointError` that names it."""
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist.") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); delete it so that it is made again.") from None
+        return textfile.read_json(path)
+    except TextError as error:
+        hint = "; delete it so that it is made again" if path.is_file() else ""
+        raise CheckpointError(f"{str(error).rstrip('.')}{hint}.") from None
 
 
 @contextmanager
@@ -254,7 +254,7 @@ def staged_directory(final: Path, key: str) -> Iterator[Path]:
     """
     partial, key_file = partial_directory(final), final.with_name(f".{final.name}.key")
     final.parent.mkdir(parents=True, exist_ok=True)
-    if not key_file.exists() or key_file.read_text() != key:
+    if not key_file.exists() or key_file.read_bytes() != key.encode():
         shutil.rmtree(partial, ignore_errors=True)
         write_bytes(key_file, key.encode())
     partial.mkdir(exist_ok=True)

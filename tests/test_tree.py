@@ -53,7 +53,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 
 def test_damaged_json_is_named(tmp_path):
     (tmp_path / "x.json").write_text('{"a": ')
-    with pytest.raises(CheckpointError, match=r"x\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"x\.json is not valid JSON"):
         tree.read_json(tmp_path / "x.json")
 
 

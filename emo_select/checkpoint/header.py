@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emo_select.errors import CheckpointError
+from emo_select.errors import CheckpointError, TextError
+from emo_select.textfile import parse_json, read_json_object, require_file
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
 
@@ -55,19 +56,35 @@ def read_header(path: Path, shard: str | None = None) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: the file is missing, truncated, longer than its header says, or its header is not valid.
     """
+    if not path.exists():
+        raise _broken(path, "is missing")
+    require_file(path, CheckpointError)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 0 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                raise _broken(path, f"is truncated or not a safetensors file ({size} bytes)")
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise _broken(path, "is missing") from None
-    except (ValueError, RecursionError):  # not UTF-8, not JSON
-        raise _broken(path, "has an unreadable header") from None
+            text = file.read(length) if 0 <= length <= min(size - 8, MAX_HEADER_BYTES) else None
+    except OSError as error:
+        raise _broken(path, f"cannot be read ({error.strerror})") from None
+    if text is None:
+        raise _broken(path, f"is truncated or not a safetensors file ({size} bytes)")
+    try:
+        header = parse_json(text.decode(), path.name)
+    except (UnicodeDecodeError, TextError) as error:
+        raise _broken(path, f"has an unreadable header ({error})") from None
     return _tensors(path, header, start=8 + length, size=size, shard=shard or path.name)
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Tensor name → shard, from the index of a sharded checkpoint. Raises `CheckpointError` where it is not one."""
+    weight_map = read_json_object(path, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{path} is not a valid index; download or save it again.")
+    for shard in set(weight_map.values()):  # a folder's own files only, whatever the name makes of the path
+        if shard in ("", ".", "..") or shard != Path(shard).name or "\0" in shard:
+            raise CheckpointError(f"{path} is not a valid index: {shard!r} is no file name; download or save it again.")
+    return weight_map
 
 
 def write_header(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> tuple[bytes, list[int]]:

@@ -17,9 +17,10 @@ from threading import Lock, local
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from emo_select.checkpoint.header import DTYPES, TensorInfo, read_header
+from emo_select.checkpoint.header import DTYPES, TensorInfo, read_header, read_weight_map
 from emo_select.checkpoint.sources import resolve
 from emo_select.errors import CheckpointError
+from emo_select.textfile import read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -45,15 +46,9 @@ def open_checkpoint(source: str | Path, revision: str | None = None, *, download
 def read_config(directory: Path) -> dict[str, Any]:
     """The folder's config.json."""
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory} has no config.json, so it is not a checkpoint.") from None
-    except ValueError:
-        raise CheckpointError(f"{path} is not valid JSON; download or save it again.") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object; download or save it again.")
-    return config
+    if not path.exists():
+        raise CheckpointError(f"{directory} has no config.json, so it is not a checkpoint.")
+    return read_json_object(path, CheckpointError)
 
 
 class Checkpoint:
@@ -215,7 +210,7 @@ def _read_headers(directory: Path) -> dict[str, TensorInfo]:
 
 
 def _read_indexed(directory: Path) -> dict[str, TensorInfo]:
-    weight_map = _read_weight_map(directory / INDEX)
+    weight_map = read_weight_map(directory / INDEX)
     tensors: dict[str, TensorInfo] = {}
     for shard in dict.fromkeys(weight_map.values()):
         header = read_header(directory / shard)
@@ -228,14 +223,3 @@ def _read_indexed(directory: Path) -> dict[str, TensorInfo]:
         if name not in tensors or tensors[name].shard != shard:
             raise CheckpointError(f"{INDEX} in {directory} says that {shard} holds {name}, but it does not.")
     return tensors
-
-
-def _read_weight_map(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        shards = set(weight_map.values())
-        if not all(isinstance(shard, str) and shard == Path(shard).name and shard for shard in shards):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path} is not a valid index; download or save it again.") from None
-    return dict(weight_map)

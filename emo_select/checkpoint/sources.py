@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from emo_select import progress
+from emo_select.checkpoint.header import read_weight_map
 from emo_select.errors import ModelError, UnknownNameError, nearest
 
 PUBLISHED = (
@@ -71,7 +71,7 @@ def _cached(source: str, revision: str | None) -> Path | None:
     except (LocalEntryNotFoundError, HFValidationError, ValueError):
         return None
     index = found / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    shards = set(read_weight_map(index).values()) if index.exists() else {"model.safetensors"}
     return found if all((found / shard).exists() for shard in shards) else None
 
 

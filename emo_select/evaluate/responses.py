@@ -111,7 +111,7 @@ class ResponseStore:
 
 def _read(path: Path) -> dict[str, Stored]:
     found = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             key, stored = json.loads(line)
         except (ValueError, TypeError):

@@ -6,7 +6,6 @@ A file is `.txt` (one text per line), `.jsonl` or `.parquet`. Each row of the la
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from emo_select import progress
 from emo_select.errors import SpecError, TaskError
 from emo_select.spec import Calibration
+from emo_select.textfile import read_json_lines, read_lines, require_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,6 +110,7 @@ def file_fingerprint(path: str | Path) -> str:
     """Hex SHA-256 of a calibration file's bytes; SpecError if it cannot be read."""
     import hashlib
 
+    require_file(Path(path), SpecError)
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -126,8 +127,7 @@ def read_texts(path: Path, tokenizer: PreTrainedTokenizerBase, thinking: bool | 
     readers = {".txt": _read_lines, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise SpecError(f"{path} is not a calibration file; use {', '.join(readers)}.")
-    if not path.is_file():
-        raise SpecError(f"The calibration file {path} does not exist.")
+    require_file(path, SpecError)
     texts = [_row_text(row, number, path, tokenizer, thinking)
              for number, row in enumerate(readers[path.suffix](path), 1)]
     if not texts:
@@ -204,33 +204,17 @@ def _chat(messages: Any, number: int, path: Path, tokenizer: PreTrainedTokenizer
 
 
 def _read_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.strip():
-            yield {"text": line}
+    return ({"text": line} for _, line in read_lines(path, TaskError))
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise TaskError(f"Line {number} of {path} is not JSON ({error}).") from None
-            if not isinstance(row, dict):
-                raise TaskError(f"Line {number} of {path} is not a JSON object.")
-            yield row
+    return (row for _, row in read_json_lines(path, TaskError))
 
 
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
+    from emo_select.tasks.sources import read_parquet
 
-    try:
-        yield from pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise TaskError(f"{path} is not a parquet file ({error}).") from None
+    return iter(read_parquet(path))
 
 
 def _split_weight(value: str) -> tuple[str, float | None]:

@@ -5,7 +5,6 @@ Shapes: N examples, T tokens of one example (its end-of-sequence token included)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emo_select.errors import ModelError, TaskError, UsageError
+from emo_select.textfile import read_json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -207,24 +207,7 @@ def _task_text(example: Example, delimiter: str | None) -> Text:
 
 
 def _file_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Text]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise TaskError(f"The training file {path} cannot be read ({reason}); write JSONL.") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield _row_text(_parsed(line, f"Line {number} of {path}"), f"Line {number} of {path}", tokenizer)
-
-
-def _parsed(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise TaskError(f"{where} is not JSON ({error}); the file needs one object per line.") from None
-    if not isinstance(row, dict):
-        raise TaskError(f"{where} is not a JSON object with 'prompt' and 'completion', or 'messages'.")
-    return row
+    return (_row_text(row, where, tokenizer) for where, row in read_json_lines(path, TaskError))
 
 
 def _row_text(row: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> Text:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from emo_select.errors import SpecError
+from emo_select.textfile import read_yaml_mapping
 
 
 class _Strict(BaseModel):
@@ -98,14 +99,8 @@ class PretrainConfig(_Strict):
 
 def read_config(path: Path) -> PretrainConfig:
     """Read a YAML file. Raises `SpecError` with the first wrong key."""
-    import yaml
-
     try:
-        return PretrainConfig.model_validate(yaml.safe_load(path.read_text()))
-    except OSError as error:
-        raise SpecError(f"Cannot read {path} ({error.strerror}).") from None
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from None
+        return PretrainConfig.model_validate(read_yaml_mapping(path, SpecError))
     except ValidationError as error:
         raise SpecError(f"{path}: {_first(error.errors()[0])}.") from None
 

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 
 from emo_select.errors import SpecError, UnknownNameError
 from emo_select.spec import Frozen, checked
+from emo_select.textfile import read_yaml_mapping
 
 FILE_VARIABLE = "EMO_SELECT_PROFILES"
 _UNITS = {"K": 1 / 1024**2, "M": 1 / 1024, "G": 1.0, "T": 1024.0}
@@ -113,17 +114,11 @@ def profiles_file(file: Path | None) -> Path:
 
 
 def _named(name: str, file: Path | None) -> dict[str, Any]:
-    import yaml
-
     path = profiles_file(file)
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SpecError(f"The profiles file {path} cannot be read ({error.strerror}); give one with "
-                        "--profiles.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(found, dict) or not isinstance(found.get(name, {}), dict):
+    if not path.exists():
+        raise SpecError(f"There is no profiles file {path}; give one with --profiles.")
+    found = read_yaml_mapping(path, SpecError, "it must map names to options")
+    if not isinstance(found.get(name, {}), dict):
         raise SpecError(f"{path} is not a profiles file: it must map names to options.")
     if name not in found:
         raise UnknownNameError("profile", name, map(str, found))

@@ -25,6 +25,7 @@ from pydantic import Field, field_validator
 
 from emo_select.errors import SpecError
 from emo_select.spec import Execution, Frozen, RunSpec, checked
+from emo_select.textfile import read_yaml_mapping
 
 One = str | int | bool
 Many = tuple[One, ...]
@@ -85,16 +86,7 @@ class SweepRun(Frozen):
 
 def read_sweep(path: Path) -> SweepSpec:
     """Read a sweep file. Raises `SpecError` naming the wrong key with its near match."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SpecError(f"The sweep file {path} cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(data, dict):
-        raise SpecError(f"{path} is not a sweep file: it must be a mapping with `name`, `models`, `tasks`, ….")
+    data = read_yaml_mapping(path, SpecError, "a sweep file has `name`, `models`, `tasks`, …")
     return _with_whole_paths(checked(SweepSpec, data), path.parent)
 
 

@@ -8,10 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from emo_select.errors import SpecError, UnknownNameError
 from emo_select.spec import Frozen, checked, model_directory
+from emo_select.textfile import read_yaml_mapping
 
 
 class ModelLabel(Frozen):
@@ -158,12 +157,4 @@ def _joined(old: Any, new: Any) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SpecError(f"The labels file {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpecError(f"The labels file {path} cannot be read: {' '.join(str(error).split())}.") from None
-    if not isinstance(data, dict):
-        raise SpecError(f"The labels file {path} must be a mapping with keys such as models, methods, groups.")
-    return data
+    return read_yaml_mapping(path, SpecError, "a labels file has keys such as models, methods, groups")

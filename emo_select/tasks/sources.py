@@ -17,6 +17,7 @@ from typing import Any
 
 from emo_select.errors import DataMissingError, TaskError
 from emo_select.tasks.base import Row
+from emo_select.textfile import read_json, read_json_lines, read_table, require_file
 
 DATA_DIR_VARIABLE = "EMO_SELECT_DATA_DIR"
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
@@ -166,63 +167,37 @@ def _from_zero(files: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """All rows of a parquet, JSON lines, JSON (a list) or CSV file. Raises `TaskError` naming what is wrong."""
-    readers = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv}
+    """All rows of a parquet, JSON lines, JSON (a list), CSV or TSV file. Raises `TaskError` naming what is wrong."""
+    readers = {".parquet": read_parquet, ".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_table,
+               ".tsv": _read_table}
     if file.suffix not in readers:
-        raise TaskError(f"{file} is not a .parquet, .jsonl, .json or .csv file.")
-    try:
-        return readers[file.suffix](file)
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{file} is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
-    except OSError as error:
-        raise TaskError(f"{file} cannot be read: {error}.") from error
+        raise TaskError(f"{file} is not a .parquet, .jsonl, .json, .csv or .tsv file.")
+    return readers[file.suffix](file)
 
 
-def _read_parquet(file: Path) -> list[dict[str, Any]]:
+def read_parquet(file: Path) -> list[dict[str, Any]]:
+    """All rows of a parquet file. Raises `TaskError` where it is damaged or no file."""
     import pyarrow
     import pyarrow.parquet
 
+    require_file(file, TaskError)
     try:
         rows: list[dict[str, Any]] = pyarrow.parquet.ParquetFile(file).read().to_pylist()
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise TaskError(f"{file} is not a complete parquet file ({error}); fetch it again.") from error
     return rows
 
 
 def _read_json_lines(file: Path) -> list[dict[str, Any]]:
-    lines = file.read_bytes().split(b"\n")
-    return [_json_row(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _json_row(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{where} is not UTF-8 text (byte {error.start} of the line); convert the file.") from error
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{where} is not valid JSON: {error}.") from error
-    if not isinstance(row, dict):
-        raise TaskError(f"{where} is not a JSON object.")
-    return row
+    return [row for _, row in read_json_lines(file, TaskError)]
 
 
 def _read_json(file: Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(file.read_bytes().decode())
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{file} is not valid JSON: {error}; one object per line belongs in a .jsonl file.") from error
+    rows = read_json(file, TaskError)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise TaskError(f"{file} is not a list of JSON objects.")
+        raise TaskError(f"{file} is not a list of JSON objects; one object per line belongs in a .jsonl file.")
     return rows
 
 
-def _read_csv(file: Path) -> list[dict[str, Any]]:
-    import csv
-
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream, strict=True)
-        rows = list(reader)
-    for number, row in enumerate(rows, 1):
-        if None in row or None in row.values():
-            raise TaskError(f"{file}, row {number} has not as many cells as the first line has names.")
-    return rows
+def _read_table(file: Path) -> list[dict[str, Any]]:
+    return [dict(row) for row in read_table(file, TaskError)]

@@ -34,6 +34,7 @@ from emo_select.tasks.metrics import gsm8k_number
 from emo_select.tasks.shots import first_rows, no_shots
 from emo_select.tasks.sources import read_rows
 from emo_select.tasks.splits import stored
+from emo_select.textfile import read_yaml_mapping
 
 Split = Literal["train", "validation", "test"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -174,8 +175,8 @@ def field_of(row: Row, name: str) -> Any:
     """A field of a row that must be there."""
     if name not in row:
         raise TaskError(f"there is no field {name!r} (it has {', '.join(key for key in row if key != PLACE)})")
-    if row[name] is None:
-        raise TaskError(f"the field {name!r} is null")
+    if row[name] is None or row[name] != row[name]:
+        raise TaskError(f"the field {name!r} is {'null' if row[name] is None else 'not a number (NaN)'}")
     return row[name]
 
 
@@ -186,6 +187,8 @@ def texts(source: str | Sequence[str], row: Row) -> list[str]:
     found = field_of(row, source)
     if not isinstance(found, list):
         raise TaskError(f"the field {source!r} is not a list; give a list of templates instead")
+    if any(one is None or isinstance(one, (list, dict)) for one in found):
+        raise TaskError(f"the field {source!r} holds a null, a list or an object where texts are expected")
     return [str(one) for one in found]
 
 
@@ -247,36 +250,11 @@ def load_task_file(path: Path) -> Task:
 
 def read_definition(path: Path) -> TaskFile:
     """The keys of a task file, checked."""
-    import yaml
-
-    try:
-        plain = yaml.load(path.read_bytes().decode(), Loader=_strict_loader())
-    except FileNotFoundError as error:
-        raise TaskError(f"There is no task file {path}.") from error
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path} is not UTF-8 text (byte {error.start}).") from error
-    except yaml.YAMLError as error:
-        raise TaskError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(plain, dict):
-        raise TaskError(f"{path} is not a mapping of keys; see docs/tasks.md.")
+    plain = read_yaml_mapping(path, TaskError, "see docs/tasks.md")
     try:
         return checked(TaskFile, plain)
     except SpecError as error:
         raise TaskError(f"{path}: {error}") from error
-
-
-def _strict_loader() -> Any:
-    """YAML's safe loader, but a key that is given twice is an error."""
-    import yaml
-
-    class Strict(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value]
-            for twice in {key for key in keys if keys.count(key) > 1}:
-                raise yaml.YAMLError(f"the key {twice!r} is given twice")
-            return super().construct_mapping(node, deep)
-
-    return Strict
 
 
 def _build(definition: TaskFile, source: FileRows) -> Task:

@@ -135,7 +135,7 @@ def test_an_index_that_does_not_fit_is_refused(sharded: Path) -> None:
         with pytest.raises(CheckpointError, match=says):
             open_checkpoint(sharded)
     (sharded / INDEX).write_text("{")
-    with pytest.raises(CheckpointError, match="not a valid index"):
+    with pytest.raises(CheckpointError, match="not valid JSON"):
         open_checkpoint(sharded)
 
 

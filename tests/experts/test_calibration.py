@@ -87,14 +87,14 @@ def test_bad_files(tmp_path: Path, tokenizer: Any, name: str, rows: list[Any], k
 
 def test_broken_files_are_named_with_the_line(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "own.jsonl").write_text('{"text": "w5"}\n{"text": ')
-    with pytest.raises(TaskError, match="Line 2"):
+    with pytest.raises(TaskError, match="line 2"):
         calibration_tokens(None, tokenizer, Calibration(file=str(tmp_path / "own.jsonl")))
     (tmp_path / "own.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(TaskError, match="not a parquet file"):
+    with pytest.raises(TaskError, match="not a complete parquet file"):
         calibration_tokens(None, tokenizer, Calibration(file=str(tmp_path / "own.parquet")))
     with pytest.raises(SpecError, match="does not exist"):
         calibration_tokens(None, tokenizer, Calibration(file=str(tmp_path / "none.txt")))
-    with pytest.raises(SpecError, match="cannot be read"):
+    with pytest.raises(SpecError, match="does not exist"):
         file_fingerprint(tmp_path / "none.txt")
 
 

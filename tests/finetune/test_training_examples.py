@@ -169,7 +169,7 @@ def test_chat_messages_train_every_assistant_turn(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "Line 1 of .* is not JSON"),
+        ("{", "line 1 is not valid JSON"),
         ("[]", "not a JSON object"),
         ('{"prompt": "q"}', "needs the texts 'prompt' and 'completion'"),
         ('{"prompt": "q", "completion": 1}', "needs the texts"),

@@ -147,4 +147,4 @@ def test_a_task_file_is_found_from_every_directory(tmp_path, monkeypatch):
 
 def test_a_missing_file_is_named(tmp_path):
     done = call("plan", tmp_path / "none.yaml", "-o", tmp_path)
-    assert isinstance(done.exception, SpecError) and "cannot be read" in str(done.exception)
+    assert isinstance(done.exception, SpecError) and "does not exist" in str(done.exception)

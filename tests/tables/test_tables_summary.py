@@ -136,7 +136,7 @@ def test_labels_rename_reorder_and_group(tree: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("modles: {}", "models"), ("models: {a: {lable: x}}", "lable"), ("models: 3", "must map"), ("[", "cannot be read"),
+    ("modles: {}", "models"), ("models: {a: {lable: x}}", "lable"), ("models: 3", "must map"), ("[", "not valid YAML"),
     ("- 1", "must be a mapping"),
 ])
 def test_wrong_labels_are_one_sentence(tmp_path: Path, text: str, message: str) -> None:

@@ -182,7 +182,7 @@ def test_not_yaml_and_no_file(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_bytes(b"name: \xff")
     with pytest.raises(TaskError, match="not UTF-8"):
         get_tasks([str(tmp_path / "a.yaml")])
-    with pytest.raises(TaskError, match="no task file"):
+    with pytest.raises(TaskError, match="does not exist"):
         get_tasks([str(tmp_path / "b.yaml")])
 
 
