@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -121,12 +121,15 @@ class State(Enum):
     """Done for the wanted fingerprint, but its files were removed since."""
 
 
-def state(paths: RunPaths, record: RunRecord | None, stage: str, fingerprint: str) -> tuple[State, str]:
-    """Compare the record of `stage` with the wanted fingerprint and its files with what it says of them."""
+def state(paths: RunPaths, record: RunRecord | None, stage: str, fingerprint: Callable[[], str]) -> tuple[State, str]:
+    """Compare the record of `stage` with the wanted fingerprint and its files with what it says of them.
+
+    Without a record the fingerprint, for which weights may have to be read, is not asked for.
+    """
     done = record.stages.get(stage) if record else None
     if done is None:
         return State.MISSING, "missing"
-    if done.fingerprint != fingerprint:
+    if done.fingerprint != fingerprint():
         return State.STALE, "stale: what it was made from has changed"
     for name, size in done.outputs.items():
         path = paths.directory / name

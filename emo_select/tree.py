@@ -32,6 +32,7 @@ from emo_select.spec import RunSpec, parse_directory_name
 DEFAULT_ROOT = "selective_evals_final"
 SWEEPS = ".sweeps"
 ROOT_VARIABLE = "EMO_SELECT_OUTPUT_DIR"
+CACHE_VARIABLE = "EMO_SELECT_CACHE_DIR"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -196,6 +197,15 @@ class Tree:
                 f"Cannot write to the output directory {self.root} ({error.strerror}); "
                 f"choose another with --output-dir or {ROOT_VARIABLE}."
             ) from None
+
+
+def cache_directory() -> Path:
+    """Where what was computed is remembered: EMO_SELECT_CACHE_DIR, else below XDG_CACHE_HOME or ~/.cache.
+
+    All of it can be deleted at any time; it only costs time.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get(CACHE_VARIABLE) or home / "emo-select")
 
 
 def numbered_checkpoints(folder: Path) -> list[int]:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from emo_select import record
+from emo_select.checkpoint import resolve
 from emo_select.errors import SpecError
 from emo_select.experts import KeepSet
 from emo_select.pipeline import Wanted, cost, execute, execute_all, expand, plan
@@ -139,3 +140,29 @@ def test_shots_of_the_examples_matter_even_where_all_experts_are_kept(tmp_path):
 
     assert key(num_examples=2) == key(num_examples=4, seed=3) != key(num_examples=2, num_shots=0)
     assert not any(run.keeps_all for run in [*runs(tmp_path, ("31",)), *runs(tmp_path, ("full",), num_shared=0)])
+
+
+@pytest.fixture
+def own_model(tmp_path):
+    """A copy of a demo model that may be changed."""
+    folder = tmp_path / "own"
+    shutil.copytree(resolve("demo/emo"), folder)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "redone"), [
+    ("tokenizer.json", {"select", "prune", "eval"}), ("generation_config.json", {"prune", "eval"}),
+    ("model.safetensors", {"select", "prune", "eval"}), ("chat_template.jinja", {"select", "prune", "eval"})])
+def test_a_changed_file_of_the_model_makes_stale_what_it_can_change(own_model, tmp_path, name, redone):
+    wanted = Wanted([str(own_model)], ["demo_harbor"], ["8"], ["random"], SETTINGS)
+    [run] = expand(wanted, Tree(tmp_path), MACHINE)
+    done(run)
+    path = own_model / name
+    path.write_bytes(path.read_bytes()[:-1] + b"\x81" if name == "model.safetensors" else b"{ }")
+    [again] = expand(wanted, Tree(tmp_path), MACHINE)
+    assert {stage for stage, action in actions(again).items() if action == "run"} == redone
+
+
+def test_planning_a_new_run_reads_no_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("emo_select.checkpoint.reader.content_of", None)
+    assert actions(runs(tmp_path, methods=("easy_ep",))[0])["eval"] == "run"

@@ -6,8 +6,6 @@ process's resident set until the map goes, and a shard cut short while mapped ki
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +15,7 @@ from threading import Lock, local
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from emo_select.checkpoint.fingerprint import Content, content_of
 from emo_select.checkpoint.header import DTYPES, TensorInfo, read_header, read_weight_map
 from emo_select.checkpoint.sources import resolve
 from emo_select.errors import CheckpointError
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SAMPLES_PER_SHARD, SAMPLE_BYTES = 64, 4096
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 PIECE_BYTES = 1 << 19  # small enough to stay in the processor's cache from reading over checking to writing
 MAX_READ = 1 << 30  # one pread never returns more than 2 GiB
@@ -153,19 +151,19 @@ class Checkpoint:
             return self._files[shard]
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Hex SHA-256 over the config, all headers and bytes sampled evenly from every shard."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, info in self.tensors.items():
-            digest.update(f"{name}|{info.dtype}|{info.shape}\n".encode())
-        for shard in self.shards:
-            digest.update(self._samples(shard))
-        return digest.hexdigest()
+    def content(self) -> Content:
+        """Digests of all that a result can depend on. The first look at large weights reads them."""
+        return content_of(self.directory, self.config, self.shards)
 
-    def _samples(self, shard: str) -> bytes:
-        size = os.fstat(self.file(shard)).st_size
-        step = max(1, size // SAMPLES_PER_SHARD)
-        return b"".join(os.pread(self.file(shard), SAMPLE_BYTES, at) for at in range(0, size, step))
+    @property
+    def fingerprint(self) -> str:
+        """What this model is: digest of configuration, tokenizer, generation defaults, code and every weight."""
+        return self.content.fingerprint
+
+    @property
+    def forward_fingerprint(self) -> str:
+        """Digest of what texts become in it: configuration, tokenizer and every weight."""
+        return self.content.forward
 
     def _fill(self, shard: str, buffer: memoryview, offset: int) -> None:
         done = 0

@@ -61,8 +61,8 @@ class _Collection:
             for layer in range(first, stage.layers):
                 self._layer(layer, states, meter)
         stage.budget.release(states)
-        about = {"model_fingerprint": stage.checkpoint.fingerprint, "dtype": str(stage.dtype).removeprefix("torch."),
-                 **record}
+        about = {"model_fingerprint": stage.checkpoint.forward_fingerprint,
+                 "dtype": str(stage.dtype).removeprefix("torch."), **record}
         return Scores(self.layers, stage.groups, stage.tokens, stage.examples, about)
 
     def _continue(self, states: HiddenStates) -> int:

@@ -49,7 +49,7 @@ class KeepSet(Frozen):
     model: str | None = None
     """Source the indices refer to, as given by the user."""
     fingerprint: str | None = None
-    """`Checkpoint.fingerprint` of that source."""
+    """`Checkpoint.forward_fingerprint` of that source."""
     task: str | None = None
     split: str | None = None
     num_shots: int | None = None

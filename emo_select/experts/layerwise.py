@@ -296,6 +296,6 @@ def _keep_set(stage: Pass, keep_k: KeepK, kept: Kept, scores: list[list[float] |
         num_shared=max(rule.keep_shared for rule in stage.rules if rule),
         score=score,
         scores=None if scores is None else tuple(None if row is None else tuple(row) for row in scores),
-        fingerprint=stage.checkpoint.fingerprint,
+        fingerprint=stage.checkpoint.forward_fingerprint,
         **about,
     )

@@ -52,7 +52,7 @@ class Pass:
         self.rows = self.batches[-1].stop if self.batches else 0
         self.budget = Budget(self.device, options.budget_bytes(), options.scratch)
         self.workers = Workers(self.device)
-        self.key = _digest(checkpoint.fingerprint, self.dtype, options.batch_tokens(), ROW_TOKENS,
+        self.key = _digest(checkpoint.forward_fingerprint, self.dtype, options.batch_tokens(), ROW_TOKENS,
                            self.team.size, num_shared, token_ids, groups)
 
     def _count(self, token_ids: Sequence[Sequence[int]], groups: Sequence[str]) -> None:

@@ -94,7 +94,7 @@ def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dt
         NumericError: a weight is NaN or infinite, named with layer and expert.
     """
     with open_checkpoint(source) as checkpoint:
-        if keep_set.fingerprint not in (None, checkpoint.fingerprint):
+        if keep_set.fingerprint not in (None, checkpoint.forward_fingerprint):
             say(f"The selection was made on other weights or another config than {source} has now.")
         target = stored_dtype(dtype)
         plan = plan_prune(checkpoint, keep_set, dtype=target, allow_nonuniform=allow_nonuniform)

@@ -64,7 +64,7 @@ def select_experts(model: str, wanted: Selection, *, out_dir: Path | None = None
         if wanted.method == "random":
             return {keep_k: select_random(checkpoint.config, keep_k, wanted.calibration.seed,
                                           num_shared=wanted.num_shared,
-                                          about=_about(model, wanted, fingerprint=checkpoint.fingerprint))
+                                          about=_about(model, wanted, fingerprint=checkpoint.forward_fingerprint))
                     for keep_k in wanted.keep_ks}
         return _calibrated(model, checkpoint, wanted, out_dir, options, data_dir)
 

@@ -6,7 +6,8 @@ Such are runs that differ only in how they are evaluated, and those of several m
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,12 @@ def adopt(run: Run, other: Run) -> None:
                 _take(run, other, stage)
 
 
-def _shareable(run: Run) -> Iterator[tuple[str, str]]:
+def _shareable(run: Run) -> Iterator[tuple[str, Callable[[], str]]]:
     """Stages and their fingerprints; those of evaluation by checkpoint, once the checkpoints have been taken over."""
     for stage in SHAREABLE:
-        yield stage, run.fingerprint(stage)
+        yield stage, partial(run.fingerprint, stage)
     for step in evaluated_steps(run):
-        yield f"eval/checkpoint-{step}", checkpoint_fingerprint(run, step)
+        yield f"eval/checkpoint-{step}", partial(checkpoint_fingerprint, run, step)
 
 
 def _take(run: Run, other: Run, stage: str) -> None:

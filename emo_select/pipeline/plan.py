@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 from emo_select import record
 from emo_select.errors import SpecError, UnknownNameError
@@ -81,19 +82,20 @@ def _state(run: Run, done: RunRecord | None, stage: str) -> tuple[State, str]:
         return _activations_state(run)
     if stage == "eval":
         return _evaluation_state(run, done)
-    return record.state(run.paths, done, stage, run.fingerprint(stage))
+    return record.state(run.paths, done, stage, partial(run.fingerprint, stage))
 
 
 def _activations_state(run: Run) -> tuple[State, str]:
     """Statistics are means to an end: where they are missing, they are made only if a selection needs them."""
-    current = record.activations_fingerprint(run.tree.activations_record(run.spec)) == run.fingerprint("activations")
+    found = record.activations_fingerprint(run.tree.activations_record(run.spec))
+    current = found is not None and found == run.fingerprint("activations")
     return (State.DONE, "done") if current else (State.GONE, "missing or stale")
 
 
 def _evaluation_state(run: Run, done: RunRecord | None) -> tuple[State, str]:
     for step in evaluated_steps(run):
         name = f"eval/checkpoint-{step}"
-        found, reason = record.state(run.paths, done, name, checkpoint_fingerprint(run, step))
+        found, reason = record.state(run.paths, done, name, partial(checkpoint_fingerprint, run, step))
         if found is not State.DONE:
             return State.STALE, f"checkpoint-{step}: {reason}"
     return State.DONE, "done"

@@ -74,16 +74,16 @@ class Run:
 def _activations_depend(run: Run) -> dict[str, Any]:
     chosen = run.spec.calibration
     texts = _file_digest(chosen.file) if chosen.file else run.task.fingerprint()
-    return {"model": run.source.fingerprint, "texts": texts, "calibration": chosen.model_dump()}
+    return {"model": run.source.forward_fingerprint, "texts": texts, "calibration": chosen.model_dump()}
 
 
 def _select_depends(run: Run) -> dict[str, Any]:
     spec = run.spec
     own = {"method": spec.method, "keep_k": spec.keep_k, "num_shared": spec.num_shared}
     if run.keeps_all:
-        return {**own, "model": run.source.fingerprint}
+        return {**own, "model": run.source.forward_fingerprint}
     if spec.method == "random":
-        return {**own, "model": run.source.fingerprint, "seed": spec.calibration.seed}
+        return {**own, "model": run.source.forward_fingerprint, "seed": spec.calibration.seed}
     if spec.method == "layerwise":
         return {**own, "score": spec.score, **_activations_depend(run)}
     return {**own, "activations": run.fingerprint("activations")}
@@ -92,7 +92,7 @@ def _select_depends(run: Run) -> dict[str, Any]:
 def _prune_depends(run: Run) -> dict[str, Any]:
     if run.keeps_all:
         return {"keep": "all", "model": run.source.fingerprint}
-    return {"select": run.fingerprint("select")}
+    return {"select": run.fingerprint("select"), "model": run.source.fingerprint}
 
 
 def _start_depends(run: Run) -> dict[str, Any]:

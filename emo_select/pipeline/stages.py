@@ -170,7 +170,7 @@ def _activations(run: Run) -> None:
 
 def _select(run: Run) -> None:
     chosen = record.load(run.paths)
-    if chosen and record.state(run.paths, chosen, "select", run.fingerprint("select"))[0] is record.State.DONE:
+    if chosen and record.state(run.paths, chosen, "select", partial(run.fingerprint, "select"))[0] is record.State.DONE:
         return  # made together with those of other keep-k
     with record.measured() as measured:
         keep_set = _choose(run, measured)
@@ -251,9 +251,9 @@ def _drop_old_results(run: Run) -> None:
 def _evaluate(run: Run) -> None:
     done = record.load(run.paths)
     for step in evaluated_steps(run):
-        fingerprint, name = checkpoint_fingerprint(run, step), f"eval/checkpoint-{step}"
+        fingerprint, name = partial(checkpoint_fingerprint, run, step), f"eval/checkpoint-{step}"
         if record.state(run.paths, done, name, fingerprint)[0] is not record.State.DONE:
-            _perform(run, name, fingerprint, partial(_evaluate_checkpoint, step))
+            _perform(run, name, fingerprint(), partial(_evaluate_checkpoint, step))
 
 
 def _evaluate_checkpoint(step: int, run: Run, measured: Measurement) -> list[Path]:
@@ -295,7 +295,7 @@ def _about(run: Run) -> dict[str, Any]:
     spec, chosen = run.spec, run.spec.calibration
     origin = {"model": spec.model, "seed": chosen.seed}
     if spec.method == "random" or run.keeps_all:  # others know the fingerprint from the weights or statistics they read
-        return {**origin, "fingerprint": run.source.fingerprint}
+        return {**origin, "fingerprint": run.source.forward_fingerprint}
     return {**origin, "task": spec.task, "split": "validation", "num_shots": chosen.num_shots,
             "num_examples": chosen.num_examples}
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from pydantic_core import from_json, to_json
 
-from emo_select.tree import write_bytes
+from emo_select.tree import cache_directory, write_bytes
 
 FORMAT = 2  # raise when the parsed content changes its shape
 
@@ -32,9 +32,8 @@ class FileCache:
         """The cache of the tree at `root`; a damaged or outdated cache file counts as empty."""
         if not enabled:
             return cls(root, None)
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-        file = home / "emo-select" / f"tables-{name}.json"
+        file = cache_directory() / f"tables-{name}.json"
         return cls(root, file, _stored(file))
 
     def read(self, name: str, parse: Callable[[bytes], dict[str, Any]]) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from emo_select.checkpoint import open_checkpoint
+from emo_select.checkpoint.fingerprint import Content
 from emo_select.errors import CheckpointError, KeepKError, ModelError, NumericError, SpecError, UnknownNameError
 from emo_select.experts import (
     KeepSet,
@@ -145,6 +146,6 @@ def test_keeping_everything_reads_no_weights(copy_of_tiny: Path) -> None:
     checkpoint = open_checkpoint(copy_of_tiny)
     checkpoint.close()
     (copy_of_tiny / "model.safetensors").rename(copy_of_tiny / "away")
-    checkpoint.__dict__["fingerprint"] = "known"
+    checkpoint.__dict__["content"] = Content("c", "t", "g", "p", "w")
     found: KeepSet = select_layerwise(checkpoint, PROMPTS, [32])[32]
     assert found.experts == (tuple(range(32)),) * 4 and found.scores is None

@@ -343,7 +343,7 @@ def test_one_expert_of_another_shape_is_named(source: Path, some: KeepSet) -> No
 
 def test_a_selection_made_on_other_weights_is_mentioned(source: Path, some: KeepSet, tmp_path: Path,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
-    same = some.model_copy(update={"fingerprint": open_checkpoint(source).fingerprint})
+    same = some.model_copy(update={"fingerprint": open_checkpoint(source).forward_fingerprint})
     prune_checkpoint(source, same, tmp_path / "pruned")
     assert "other weights" not in capsys.readouterr().err
     prune_checkpoint(source, some.model_copy(update={"fingerprint": "0" * 64}), tmp_path / "pruned")
