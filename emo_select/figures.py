@@ -35,7 +35,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path, *, dpi: int = 300) -> Path:
-    """Write a figure by rename, in the format of the path's suffix and without a date: equal figures are equal files."""
+    """Write a figure by rename, in the format of its suffix and without a date: equal figures are equal files."""
     suffix = path.suffix.lstrip(".")
     data = io.BytesIO()
     dated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)

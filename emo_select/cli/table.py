@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from emo_select.cli.common import OUTPUT, AsJson, OutputDir, emit
 
 if TYPE_CHECKING:
     from emo_select.tables import Filters, Layout, Problem, Records, Table
+    from emo_select.tables.paper import PaperSource
 
 FILTER = "Filters"
 PROBLEMS_SHOWN = 20
@@ -27,6 +28,7 @@ class Kind(StrEnum):
     main = "main"
     calibration = "calibration"
     results = "results"
+    paper = "paper"
 
 
 class Style(StrEnum):
@@ -82,13 +84,19 @@ Labels = Annotated[Path | None, typer.Option("--labels", help="YAML with names, 
                                              rich_help_panel=OUTPUT)]
 Cached = Annotated[bool, typer.Option("--cache/--no-cache", help="Reuse what unchanged files held last time.",
                                       rich_help_panel=OUTPUT)]
+TablesFolder = Annotated[Path | None, typer.Option(
+    "--tables", help="For the paper's tables and figures: a folder with prune_eval_tables_final and so on, not a tree.",
+    rich_help_panel=FILTER)]
+PublishedWins = Annotated[bool, typer.Option(
+    "--published-wins", help="Count wins as the published script does, which ignores a baseline that is missing.",
+    rich_help_panel=FILTER)]
 
 
 def table(
     kind: Annotated[Kind, typer.Argument(help="summary: averages, drops, sizes; methods: side by side, before and "
                                               "after; main: the published per-metric tables; calibration: by number "
-                                              "of examples; results: models side by side with win counts.")
-                    ] = Kind.summary,
+                                              "of examples; results: models side by side with win counts; "
+                                              "paper: the paper's own tables.")] = Kind.summary,
     output_dir: OutputDir = None,
     models: ModelFilter = None,
     tasks: TaskFilter = None,
@@ -104,6 +112,8 @@ def table(
     style: Annotated[Style, typer.Option("--format", help="How to write it.", rich_help_panel=OUTPUT)] = Style.text,
     to: Annotated[Path | None, typer.Option("--to", help="Write files into this folder instead of stdout.",
                                             rich_help_panel=OUTPUT)] = None,
+    folder: TablesFolder = None,
+    published_wins: PublishedWins = False,
     labels: Labels = None,
     as_json: AsJson = False,
     cached: Cached = True,
@@ -111,6 +121,12 @@ def table(
     """Show what a tree of runs measured; name every file that could not be used."""
     from emo_select import tables
 
+    if kind is Kind.paper:
+        from emo_select.tables.paper import paper_tables
+
+        source = _paper_source(folder, output_dir, cached, models, tasks, groups, methods, keep_ks)
+        _show(*paper_tables(source, published_wins=published_wins), style.value, to, as_json)
+        return
     records, layout, filters = _read(output_dir, labels, cached, models, tasks, groups, methods, keep_ks)
     made, problems = tables.make(
         kind.value, records, layout, filters=filters, metrics=metrics or [], rows=rows.value,
@@ -120,8 +136,9 @@ def table(
 
 
 def plot(
-    kinds: Annotated[list[str] | None, typer.Argument(help="keep-k, methods, calibration, drops, pareto; else all that "
-                                                           "have data.", show_default=False)] = None,
+    kinds: Annotated[list[str] | None, typer.Argument(help="keep-k, methods, calibration, drops, pareto; with --paper "
+                                                           "figure3, 4, 11, 12, 13; else all that have data.",
+                                                      show_default=False)] = None,
     output_dir: OutputDir = None,
     models: ModelFilter = None,
     tasks: TaskFilter = None,
@@ -133,19 +150,26 @@ def plot(
     formats: Annotated[list[PlotFormat] | None, typer.Option("--format", help="Repeatable; else pdf and png.",
                                                              rich_help_panel=OUTPUT)] = None,
     to: Annotated[Path, typer.Option("--to", help="Folder to write into.", rich_help_panel=OUTPUT)] = Path("plots"),
+    paper: Annotated[bool, typer.Option("--paper", help="Figures 3, 4, 11, 12, 13 in the paper's colours.")] = False,
+    folder: TablesFolder = None,
+    published_wins: PublishedWins = False,
     labels: Labels = None,
     cached: Cached = True,
 ) -> None:
     """Draw accuracy against keep-k, methods, calibration size, drops per task, size against accuracy."""
+    suffixes = [one.value for one in formats] if formats else ["pdf", "png"]
+    if paper:
+        from emo_select.tables.paper_plots import paper_plots
+
+        source = _paper_source(folder, output_dir, cached, models, tasks, groups, methods, keep_ks)
+        _list(*paper_plots(source, to, kinds=kinds or (), formats=suffixes, published_wins=published_wins))
+        return
     from emo_select.tables.plots import plot as draw
 
     records, layout, filters = _read(output_dir, labels, cached, models, tasks, groups, methods, keep_ks)
     files, problems = draw(filters.apply(records, layout), layout, to, kinds=kinds or (),
-                           stage=stage.value if stage else None,
-                           formats=[one.value for one in formats] if formats else ("pdf", "png"))
-    _complain([*records.problems, *problems])
-    for file in files:
-        typer.echo(file)
+                           stage=stage.value if stage else None, formats=suffixes)
+    _list(files, [*records.problems, *problems])
 
 
 def report(
@@ -213,6 +237,21 @@ def _read(
     filters = Filters(tuple(models or ()), tuple(tasks or ()), tuple(groups or ()), tuple(methods or ()),
                       tuple(keep_ks or ()))
     return load_tree(output_dir, cached=cached), layout, filters
+
+
+def _paper_source(folder: Path | None, output_dir: str | None, cached: bool, *filters: Any) -> PaperSource:
+    from emo_select.tables.paper import from_files, from_records
+
+    if folder is not None:
+        return from_files(folder)
+    records, _, chosen = _read(output_dir, None, cached, *filters)
+    return from_records(records, chosen)
+
+
+def _list(files: Sequence[Path], problems: Sequence[Problem]) -> None:
+    _complain(problems)
+    for file in files:
+        typer.echo(file)
 
 
 def _show(made: Sequence[Table], problems: Sequence[Problem], style: str, to: Path | None, as_json: bool) -> None:

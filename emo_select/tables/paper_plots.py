@@ -26,6 +26,7 @@ SINGLE = {paper.DENSE_130B: "#E78532", paper.SMALL_130B: "#1F6E7C"}
 NAMES = {paper.DENSE_130B: "Dense", paper.SMALL_130B: "MoE of 32 experts"}
 WIDTH, PANEL = 7.0, 1.75  # inches
 BAR = 0.38
+BEHIND = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.4}  # of a number that stands before a bar
 LOOK = {**STYLE, "font.size": 8, "axes.titlesize": 8.5, "axes.spines.top": False, "axes.spines.right": False,
         "axes.linewidth": 0.6, "legend.frameon": False, "lines.linewidth": 1.3, "lines.markersize": 4}
 STAGES: tuple[tuple[str, Checkpoint], ...] = (("before finetuning", "first"), ("after finetuning", "last"))
@@ -107,9 +108,6 @@ def _has_values(source: PaperSource, lines: Iterable[Line], columns: Sequence[Co
 def _bars(axis: Axes, source: PaperSource, wins: paper.Wins, lines: Sequence[Line], column: Column,
           checkpoint: Checkpoint) -> None:
     """Bars from all experts to few; the smaller baselines stand where their number of experts is."""
-    from matplotlib.patheffects import withStroke
-
-    halo = withStroke(linewidth=1.5, foreground="white")
     _, value, group = column
     for line in lines:
         height = source.value(checkpoint, value, (line.model, line.keep_k))
@@ -120,7 +118,7 @@ def _bars(axis: Axes, source: PaperSource, wins: paper.Wins, lines: Sequence[Lin
         count = wins.count(checkpoint, group, line) if group else ""
         if count:
             axis.annotate(count, (place, 100 * height), xytext=(0, 1.5), textcoords="offset points", ha="center",
-                          va="bottom", fontsize=5.5, color="#3F1052", path_effects=[halo])
+                          va="bottom", fontsize=5.5, color="#3F1052", bbox=BEHIND)
     axis.set_xticks(range(len(KEEP_KS)), [str(k) for k in reversed(KEEP_KS)])
     axis.set_xlabel("experts kept")
     axis.margins(y=0.12)

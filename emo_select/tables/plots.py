@@ -6,7 +6,6 @@ own marker and dash besides. Bands and bars are 95 % intervals from the standard
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -15,12 +14,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
+from emo_select import figures
 from emo_select.errors import UnknownNameError, UsageError
+from emo_select.figures import matplotlib, new_figure, plain, save
 from emo_select.tables.layout import Layout
 from emo_select.tables.pool import Estimate, pool
 from emo_select.tables.read import Problem, Records, Setting
 from emo_select.tables.summary import SummaryRow, experts_of, is_full, summarise
-from emo_select.tree import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,10 +38,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
 STYLE = {
+    **figures.STYLE,
     "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.linewidth": 0.4, "grid.color": "#dddddd", "lines.linewidth": 1.2, "lines.markersize": 4,
-    "legend.frameon": False, "pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "emo-select",
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "legend.frameon": False,
 }
 
 
@@ -90,14 +90,14 @@ def plot(records: Records, layout: Layout, folder: Path, *, kinds: Sequence[str]
     unknown = next((kind for kind in kinds if kind not in FIGURES), None)
     if unknown is not None:
         raise UnknownNameError("plot", unknown, FIGURES)
-    matplotlib = _matplotlib()
+    library = matplotlib()
     view, problems = _view(records, layout, stage)
     files: list[Path] = []
-    with matplotlib.rc_context(STYLE):
+    with library.rc_context(STYLE):
         for kind in kinds or FIGURES:
             figure = FIGURES[kind](view)
             if figure is not None:
-                files += [_save(figure, folder / f"{kind}-{view.stage}.{suffix}", suffix) for suffix in formats]
+                files += [save(figure, folder / f"{kind}-{view.stage}.{suffix}") for suffix in formats]
             elif kinds:
                 raise UsageError(f"There is nothing to show in a {kind} plot {view.stage} finetuning.")
     return files, problems
@@ -109,22 +109,6 @@ def _view(records: Records, layout: Layout, stage: Stage | None) -> tuple[View, 
     chosen: Stage = stage or ("after" if any(row.after for row in rows) else "before")
     view = View(records, layout, chosen, [])
     return View(records, layout, chosen, [row for row in rows if view.value(row)]), problems
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("Plots need matplotlib; install it with: pip install 'emo-select[plots]'.") from None
-    return matplotlib
-
-
-def _save(figure: Figure, path: Path, suffix: str) -> Path:
-    data = io.BytesIO()
-    dated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)  # the same figure is the same file
-    figure.savefig(data, format=suffix, dpi=300, metadata=dated)
-    write_bytes(path, data.getvalue())
-    return path
 
 
 # ---- accuracy against keep-k ----
@@ -166,7 +150,7 @@ def _panels(view: View, keys: Sequence[Any], rows: Sequence[SummaryRow], belongs
     for axis, key in zip(axes, keys, strict=False):
         members = [row for row in rows if belongs(row, key)]
         handles |= _curves(axis, view, members)
-        axis.set_title(textwrap.fill(_text(title(key)), TITLE_LENGTH))
+        axis.set_title(textwrap.fill(plain(title(key)), TITLE_LENGTH))
         _sizes_above(axis, members)
     _legend(figure, handles)
     return figure
@@ -186,7 +170,7 @@ def _curves(axis: Axes, view: View, rows: Sequence[SummaryRow]) -> dict[str, Any
             handles[FULL] = axis.axhline(100 * value.value, color=view.colour(model), linewidth=0.8,
                                                  linestyle=(0, (6, 3)))
     _keep_k_axis(axis, rows)
-    axis.set_ylabel(_text(f"{rows[0].metric} (%)") if rows else "")
+    axis.set_ylabel(plain(f"{rows[0].metric} (%)") if rows else "")
     return handles
 
 
@@ -213,7 +197,7 @@ def _series(rows: Iterable[SummaryRow]) -> dict[tuple[str, str, str], list[Summa
 
 
 def _name(view: View, model: str, method: str, note: str) -> str:
-    return _text(", ".join(filter(None, [view.layout.model(model), view.layout.method(method).label, note])))
+    return plain(", ".join(filter(None, [view.layout.model(model), view.layout.method(method).label, note])))
 
 
 def _keep_k_axis(axis: Axes, rows: Iterable[SummaryRow]) -> None:
@@ -272,8 +256,8 @@ def calibration_figure(view: View) -> Figure | None:
     for axis, group in zip(axes, view.groups(rows), strict=False):
         members = [row for row in rows if row.group == group]
         handles |= _calibration_curves(axis, view, members, sizes)
-        axis.set_title(_text(view.layout.group(group)))
-        axis.set_ylabel(_text(f"{members[0].metric} (%)"))
+        axis.set_title(plain(view.layout.group(group)))
+        axis.set_ylabel(plain(f"{members[0].metric} (%)"))
     _legend(figure, handles)
     return figure
 
@@ -293,7 +277,7 @@ def _calibration_curves(axis: Axes, view: View, rows: Sequence[SummaryRow], size
             color=view.colour(model), marker=MARKERS[keep_ks.index(keep_k) % len(MARKERS)],
             linestyle=DASHES[view.number(method) % len(DASHES)], markeredgecolor="white", markeredgewidth=0.5,
         )
-        handles[_text(f"{_name(view, model, method, '')}, keep-k {keep_k}")] = drawn
+        handles[plain(f"{_name(view, model, method, '')}, keep-k {keep_k}")] = drawn
     axis.set_xticks(list(places.values()), [str(n) if n is not None else "all" for n in places])
     axis.set_xlabel("calibration examples")
     return handles
@@ -317,11 +301,11 @@ def drops_figure(view: View) -> Figure | None:
     if not panels:
         return None
     tasks = _tasks_in_order(view, {task for found in panels.values() for task, _ in found})
-    figure = _figure(max(2.0, 1.2 + 0.14 * len(tasks)), width=max(WIDTH, 1.5 + 1.5 * len(panels)))
+    figure = new_figure(max(WIDTH, 1.5 + 1.5 * len(panels)), max(2.0, 1.2 + 0.14 * len(tasks)))
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (model, found) in zip(axes, panels.items(), strict=True):
         image = _heat(axis, view, found, tasks)
-        axis.set_title(_text(view.layout.model(model)))
+        axis.set_title(plain(view.layout.model(model)))
     figure.colorbar(image, ax=list(axes), label=f"points lost {view.stage} finetuning", shrink=0.6)
     return figure
 
@@ -354,7 +338,7 @@ def _heat(axis: Axes, view: View, found: dict[tuple[str, int], float], tasks: Se
                 axis.text(x, y, str(round(value)), ha="center", va="center", fontsize=6,
                           color="white" if abs(value) > 28 else "black")
     axis.set_xticks(range(len(keep_ks)), [str(keep_k) for keep_k in keep_ks])
-    axis.set_yticks(range(len(tasks)), [_text(view.layout.tasks.get(task, task)) for task in tasks], fontsize=6)
+    axis.set_yticks(range(len(tasks)), [plain(view.layout.tasks.get(task, task)) for task in tasks], fontsize=6)
     axis.set_xlabel("experts kept per layer")
     axis.grid(False)
     return image
@@ -368,7 +352,7 @@ def pareto_figure(view: View) -> Figure | None:
     points = _points(view)
     if len(points) < 2:
         return None
-    figure = _figure(2.8, width=4.5)
+    figure = new_figure(4.5, 2.8)
     axis = figure.subplots()
     handles: dict[str, Any] = {}
     unit, scale = _unit(max(size for _, size, _ in points))
@@ -420,16 +404,10 @@ def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, flo
 # ---- shared ----
 
 
-def _figure(height: float, width: float = WIDTH) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _grid(count: int) -> tuple[Figure, list[Axes]]:
     columns = min(COLUMNS, count)
     rows = -(-count // columns)
-    figure = _figure(PANEL * rows + 0.2, width=WIDTH if columns > 1 else WIDTH * 0.6)
+    figure = new_figure(WIDTH if columns > 1 else WIDTH * 0.6, PANEL * rows + 0.2)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[count:]:
         axis.set_visible(False)
@@ -442,12 +420,6 @@ def _legend(figure: Figure, handles: dict[str, Any]) -> None:
     columns = max(1, min(len(names), int(figure.get_figwidth() / widest)))
     figure.set_figheight(figure.get_figheight() + 0.15 * -(-len(names) // columns))
     figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns, fontsize=7)
-
-
-def _text(name: str) -> str:
-    """A name as matplotlib may show it: one line, and not taken for a hidden legend entry."""
-    line = " ".join(name.split())
-    return f" {line}" if line.startswith("_") else line
 
 
 FIGURES: dict[str, Callable[[View], Figure | None]] = {
