@@ -85,7 +85,8 @@ def from_files(folder: str | Path) -> PaperSource:
 
     Raises `UsageError` where none of the files is there or one is not such a table.
     """
-    root, texts = Path(folder), {}
+    root = Path(folder)
+    texts: dict[str, str] = {}
     for name in _file_names():
         file = root / f"{name}.csv"
         if file.is_file():
@@ -99,7 +100,7 @@ def from_files(folder: str | Path) -> PaperSource:
 def from_records(records: Records, filters: Filters = Filters()) -> PaperSource:  # noqa: B008 - frozen
     """Make the tables from a tree of runs, in memory."""
     layout = load_layout()
-    texts = {}
+    texts: dict[str, str] = {}
     for checkpoint in CHECKPOINTS:
         tables, _ = main.main_tables(records, layout, checkpoint=checkpoint, metrics=METRICS, published=True,
                                      filters=filters)
@@ -143,7 +144,8 @@ def _text(file: Path) -> str:
 
 def _source(texts: Mapping[str, str]) -> PaperSource:
     layout = load_layout()
-    models, problems = _model_of_label(layout), []
+    models = _model_of_label(layout)
+    problems: list[Problem] = []
     cells: dict[tuple[Checkpoint, str], dict[Model, dict[str, str]]] = {}
     ablation: dict[Checkpoint, dict[str, dict[str, str]]] = {}
     for checkpoint in CHECKPOINTS:
@@ -278,7 +280,7 @@ class Wins:
             return ""
         present = [values for values, gone in zip(others, missing, strict=True) if not gone]
         full = [row for row in zip(own, *present, strict=True) if None not in row]
-        won = sum(row[0] > max(row[1:]) for row in full)  # type: ignore[operator,type-var]
+        won = sum(row[0] > max(row[1:]) for row in full)
         return f"{won}/{len(full)}"
 
     def _values(self, checkpoint: Checkpoint, group: str, model: Model) -> list[float | None]:

@@ -142,7 +142,7 @@ def _bar_legend(figure: Figure, lines: Sequence[Line]) -> None:
     shown = dict.fromkeys(line.model for line in lines if line.model in SINGLE)
     handles = [Patch(facecolor=STANDARD[64], label="Standard MoE"), Patch(facecolor=EMO[64], label="EMO"),
                *(Patch(facecolor=SINGLE[model], label=NAMES[model]) for model in shown)]
-    names = [handle.get_label() for handle in handles]
+    names = [str(handle.get_label()) for handle in handles]
     figure.legend(handles, names, loc="outside lower center", ncols=len(handles), fontsize=7)
 
 
@@ -156,7 +156,7 @@ def figure_4(source: PaperSource, wins: paper.Wins) -> Figure | None:
               for method, short in (("router", "lw"), ("Easy-EP", "ep"), ("random", "rd"))]
 
     def draw(axis: Axes, column: Column, checkpoint: Checkpoint) -> dict[str, Any]:
-        handles = {}
+        handles: dict[str, Any] = {}
         for label, model, short, colour in series:
             points = [(k, source.value(checkpoint, column[1], (model, k), "lw" if (k, short) == (128, "rd") else short))
                       for k in KEEP_KS]
@@ -177,7 +177,7 @@ def figure_12(source: PaperSource, wins: paper.Wins) -> Figure | None:
               "Router (e0)": (", 0-shot evaluation", DASHES["rd"], "^")}
 
     def draw(axis: Axes, column: Column, checkpoint: Checkpoint) -> dict[str, Any]:
-        handles = {}
+        handles: dict[str, Any] = {}
         for shots, (note, dash, marker) in dashes.items():
             row = f"({shots}) / {groups[column[0]]}"
             for k in (32, 16, 8):
