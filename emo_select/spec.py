@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from fractions import Fraction
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from emo_select.errors import KeepKError, SpecError, UnknownNameError
 
@@ -30,7 +31,25 @@ _NAME = re.compile(
 T = TypeVar("T", bound=BaseModel)
 
 
-class Frozen(BaseModel):
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _OneSentence(ModelMetaclass):
+    """Makes a call with wrong values end in one `SpecError` sentence; inside a larger value, that one says where."""
+
+    if not TYPE_CHECKING:  # a type checker goes by the fields
+
+        def __call__(cls, *args, **values):
+            try:
+                return super().__call__(*args, **values)
+            except ValidationError as error:
+                raise SpecError(_sentence(cls, error)) from None
+
+
+class Frozen(BaseModel, metaclass=_OneSentence):
     """Base of all settings: immutable, and an unknown key is an error rather than a lost option."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,6 +107,13 @@ class Training(Frozen):
     loss_limit: Annotated[float, Field(gt=0)] = 100.0
     """Training stops when the loss of a step exceeds this, or is not a number."""
 
+    @field_validator("learning_rate", mode="before")
+    @classmethod
+    def _as_typed(cls, value: Any) -> Any:
+        """A number, as a file or a program gives it, in the spelling of the published names: 5e-5, 0.001."""
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return re.sub(r"e([+-])0*", lambda sign: "e" + sign[1].strip("+"), f"{value:.12g}") if is_number else value
+
     @field_validator("learning_rate")
     @classmethod
     def _readable_rate(cls, value: str) -> str:
@@ -137,7 +163,7 @@ class RunSpec(Frozen):
     model: str
     task: str
     keep_k: Annotated[int, Field(ge=1)]
-    """Experts kept per layer, shared ones included."""
+    """Experts kept per layer, shared ones included. "16", "12.5%" and "full" become the model's number."""
     method: str = "layerwise"
     score: str = "router_probability"
     """What layerwise ranks by."""
@@ -148,6 +174,14 @@ class RunSpec(Frozen):
     calibration: Calibration = Calibration()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _counted(cls, data: Any) -> Any:
+        """Turn a keep-k as typed into a number; for a share, the model's config.json has to be at hand."""
+        if isinstance(data, dict) and isinstance(data.get("keep_k"), str) and isinstance(data.get("model"), str):
+            return {**data, "keep_k": keep_k_of(data["model"], data["keep_k"])}
+        return data
 
     @field_validator("method")
     @classmethod
@@ -279,6 +313,39 @@ def model_directory(model: str) -> str:
     return name
 
 
+def listed(values: str | Iterable[str]) -> list[str]:
+    """Flatten repeated and comma-separated values."""
+    several = [values] if isinstance(values, str) else values
+    return [part.strip() for value in several for part in value.split(",") if part.strip()]
+
+
+def keep_ks_in(values: str | Iterable[str]) -> list[str]:
+    """Flatten repeated and comma-separated keep-k. Raises `KeepKError` for 12,5%, which could mean 12.5%."""
+    several = [values] if isinstance(values, str) else list(values)
+    for value in several:
+        if found := re.search(r"(?<![\w.%])(\d+),(\d+%)", value):
+            raise KeepKError(f"keep-k {found[0]!r} can be read in two ways: write {found[1]}.{found[2]} for a share, "
+                             f"or --keep-k {found[1]} --keep-k {found[2]} for two numbers.")
+    return listed(several)
+
+
+def keep_k_of(model: str, text: str) -> int:
+    """The number of experts that `16`, `12.5%` or `full` stands for in a model of which config.json is at hand.
+
+    Raises:
+        KeepKError: a share, and neither the model nor its shapes are on this machine; or one that cannot be kept.
+    """
+    if text.strip().isdigit():
+        return int(text)
+    from emo_select.models.shapes import experts_of  # looks into a file, which a number never needs
+
+    total = experts_of(model)
+    if total is None:
+        raise KeepKError(f"keep-k {text} needs to know how many experts {model} has, and it is not on this machine; "
+                         "give a number.")
+    return parse_keep_k(text, total)
+
+
 def parse_keep_k(text: str, num_experts: int) -> int:
     """Turn `16`, `12.5%` or `full` into a number of experts, for a model with `num_experts` per layer."""
     if text == "full":
@@ -329,7 +396,8 @@ def _share_of(text: str, num_experts: int) -> int:
 
 
 def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])  # mistyped, so one is missing
     where = ".".join(str(step) for step in first["loc"]) or kind.__name__
     if first["type"] == "extra_forbidden":
         return str(UnknownNameError("key", where, _keys_at(kind, first["loc"])))

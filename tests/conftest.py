@@ -43,6 +43,12 @@ def talkative() -> None:
     progress.configure(quiet=False)
 
 
+@pytest.fixture(autouse=True)
+def no_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands put --data-dir into the environment; it must not reach the next test."""
+    monkeypatch.setenv("EMO_SELECT_DATA_DIR", "")
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Reference numbers kept in the repository."""

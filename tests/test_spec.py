@@ -11,6 +11,7 @@ from emo_select.spec import (
     Evaluation,
     RunSpec,
     Training,
+    keep_ks_in,
     model_directory,
     parse_directory_name,
     parse_keep_k,
@@ -117,3 +118,38 @@ def test_keep_k_as_number_share_or_full():
     for text in ("half", "x%", "0%", "200%"):
         with pytest.raises(KeepKError):
             parse_keep_k(text, 32)
+
+
+def test_a_spec_takes_what_the_command_line_takes():
+    for keep_k, number in (("16", 16), ("50%", 16), ("full", 32), (4, 4)):
+        assert RunSpec(model="demo/emo", task="t", keep_k=keep_k).keep_k == number
+    assert RunSpec(model="allenai/Emo_1b14b_1T", task="t", keep_k="12.5%").keep_k == 16
+    with pytest.raises(KeepKError, match="how many experts some/model has"):
+        RunSpec(model="some/model", task="t", keep_k="50%")
+    with pytest.raises(KeepKError, match="neither a number"):
+        RunSpec(model="demo/emo", task="t", keep_k="half")
+
+
+@pytest.mark.parametrize(("given", "name"), [(0.001, "0.001"), (5e-5, "5e-5"), (5.0e-05, "5e-5"), (1e-10, "1e-10"),
+                                             (1, "1"), ("1e-3", "1e-3")])
+def test_a_learning_rate_may_be_a_number(given, name):
+    spec = RunSpec(model="m", task="t", keep_k=4, training={"learning_rate": given})
+    assert spec.training.learning_rate == name
+    assert f"_lr-{name}_" in spec.directory_name
+
+
+def test_a_decimal_comma_is_not_taken_for_two_numbers():
+    assert keep_ks_in(["full,50%", "25%, 12.5%", "8,16"]) == ["full", "50%", "25%", "12.5%", "8", "16"]
+    assert keep_ks_in("12, 5%") == ["12", "5%"]
+    for text in ("12,5%", "full,12,5%"):
+        with pytest.raises(KeepKError, match=r"12\.5% for a share, or --keep-k 12 --keep-k 5%"):
+            keep_ks_in([text])
+
+
+def test_a_call_with_a_wrong_keyword_names_the_near_match():
+    with pytest.raises(SpecError, match="did you mean 'num_examples'"):
+        Calibration(num_exampels=5)
+    with pytest.raises(SpecError, match=r"did you mean 'training\.epochs'"):
+        RunSpec(model="m", task="t", keep_k=4, training={"epoch": 1})
+    with pytest.raises(SpecError, match="did you mean 'keep_k'"):
+        RunSpec(model="m", task="t", keepk=4)

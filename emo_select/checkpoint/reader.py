@@ -31,13 +31,14 @@ PIECE_BYTES = 1 << 19  # small enough to stay in the processor's cache from read
 MAX_READ = 1 << 30  # one pread never returns more than 2 GiB
 
 
-def open_checkpoint(source: str | Path, revision: str | None = None, *, download: bool = True) -> Checkpoint:
-    """Open a local folder, a Hub id or `demo/NAME`; every header is checked against its file's size.
+def open_checkpoint(source: str | Path, revision: str | None = None, *, data_dir: str | Path | None = None,
+                    download: bool = True) -> Checkpoint:
+    """Open a local folder, a Hub id or `demo/NAME` (see `resolve`); every header is checked against its file's size.
 
     Raises:
         ModelError: the source does not exist. CheckpointError: a file is missing, truncated or inconsistent.
     """
-    directory = resolve(str(source), revision, download=download)
+    directory = resolve(str(source), revision, data_dir=data_dir, download=download)
     return Checkpoint(directory, read_config(directory), _read_headers(directory))
 
 
@@ -56,7 +57,10 @@ class Checkpoint:
         directory: the folder, after resolving ids.
         config: config.json as a dict.
         tensors: name → `TensorInfo`, in shard and file order.
+        has_weights: whether there is anything to read; see `models.shapes` for those of which only shapes are known.
     """
+
+    has_weights = True
 
     def __init__(self, directory: Path, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
         self.directory, self.config, self.tensors = directory, config, tensors

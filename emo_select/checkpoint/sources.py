@@ -14,18 +14,22 @@ PUBLISHED = (
     "allenai/StdMoE_1b4b_130B", "allenai/Dense_1b_130B", "allenai/StdMoE_1b14b_1T_Preanneal",
     "allenai/StdMoE_1b14b_1T_EmoAnnealed",
 )
+DATA_DIR_VARIABLE = "EMO_SELECT_DATA_DIR"
+MODELS = "models"  # the data folder's own folder of models
 # Code comes along as text, so that a pruned copy still has it; nothing runs it unless the user asks for that.
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
 
 
-def resolve(source: str, revision: str | None = None, *, download: bool = True) -> Path:
+def resolve(source: str, revision: str | None = None, *, data_dir: str | Path | None = None,
+            download: bool = True) -> Path:
     """The folder of a checkpoint: `demo/NAME` → shipped data, an existing folder → itself, else a Hub id.
 
-    A Hub id is taken from the cache or, if `download`, from the Hub: config, safetensors, tokenizer; no weights in
-    other formats.
+    A Hub id may end in `@REVISION`. It is taken from the data folder that `emo-select fetch` filled (`data_dir`, else
+    EMO_SELECT_DATA_DIR), from the cache or, if `download`, from the Hub: config, safetensors, tokenizer; no weights
+    in other formats.
 
     Raises:
-        ModelError: nothing of that name, with near matches.
+        ModelError: nothing of that name, with near matches; or a copy in the data folder that is not whole.
     """
     if source.startswith("demo/"):
         return _demo(source)
@@ -34,11 +38,46 @@ def resolve(source: str, revision: str | None = None, *, download: bool = True) 
         return path.resolve()
     if _looks_like_path(source):
         raise ModelError(f"There is no folder {source!r}; give a checkpoint folder, a Hub id or demo/NAME.")
-    cached = _cached(source, revision)
+    name = at_revision(source, revision)
+    if fetched := _fetched(name, data_dir):
+        return fetched
+    cached = _cached(*split_revision(name))
     if cached is None and not download:
-        raise ModelError(f"{source} is not in the Hub cache, and a dry run downloads nothing; get it with `emo-select "
-                         f"fetch --model {source} --to DIR` and name that folder, or leave out --dry-run.")
-    return cached or _snapshot(source, revision)
+        raise ModelError(f"{name} is not on this machine, and nothing is downloaded now; get it with `emo-select "
+                         f"fetch --model {name} --to DIR`, then give --data-dir DIR.")
+    return cached or _snapshot(*split_revision(name))
+
+
+def here(source: str, data_dir: str | Path | None = None) -> Path | None:
+    """The folder with the checkpoint's config.json, if it is on this machine; its weights may be missing."""
+    if source.startswith("demo/") or Path(source).expanduser().is_dir() or _looks_like_path(source):
+        return resolve(source)
+    if folder := _in_data_folder(source, data_dir):
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    name, revision = split_revision(source)
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def split_revision(source: str) -> tuple[str, str | None]:
+    """`owner/name@revision` → (`owner/name`, `revision`); of anything else, itself and None."""
+    name, at, revision = source.partition("@")
+    is_hub_id = at and revision and name.count("/") == 1 and not Path(source).expanduser().exists()
+    return (name, revision) if is_hub_id and not _looks_like_path(name) else (source, None)
+
+
+def at_revision(source: str, revision: str | None) -> str:
+    """The source with `@revision` behind it. Raises `ModelError` where it has another, or is no Hub id."""
+    if revision is None:
+        return source
+    if source.startswith("demo/") or Path(source).expanduser().is_dir() or _looks_like_path(source):
+        raise ModelError(f"{source} is on this machine and has no revisions; leave out the revision {revision!r}.")
+    name, own = split_revision(source)
+    if own not in (None, revision):
+        raise ModelError(f"{source} names the revision {own!r} already; leave out {revision!r}.")
+    return f"{name}@{revision}"
 
 
 def demo_names() -> list[str]:
@@ -61,6 +100,27 @@ def _looks_like_path(source: str) -> bool:
     return source.startswith((".", "~", os.sep)) or source.count("/") != 1 or Path(source).exists()
 
 
+def _in_data_folder(name: str, data_dir: str | Path | None) -> Path | None:
+    root = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+    folder = Path(root).expanduser() / MODELS / name if root else None
+    return folder.resolve() if folder is not None and (folder / "config.json").is_file() else None
+
+
+def _fetched(name: str, data_dir: str | Path | None) -> Path | None:
+    folder = _in_data_folder(name, data_dir)
+    if folder is not None and not is_whole(folder):
+        raise ModelError(f"The copy of {name} in {folder} lacks some of its weights; run `emo-select fetch --model "
+                         f"{name} --to {folder.parents[2]}` again, it goes on where it was.")
+    return folder
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the folder has every shard that its index names, or a single file of weights."""
+    index = folder / "model.safetensors.index.json"
+    shards = set(read_weight_map(index).values()) if index.exists() else {"model.safetensors"}
+    return all((folder / shard).exists() for shard in shards)
+
+
 def _cached(source: str, revision: str | None) -> Path | None:
     """The whole snapshot in the cache; None where it is not there or lacks a shard."""
     from huggingface_hub import snapshot_download
@@ -70,9 +130,7 @@ def _cached(source: str, revision: str | None) -> Path | None:
         found = Path(snapshot_download(source, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, ValueError):
         return None
-    index = found / "model.safetensors.index.json"
-    shards = set(read_weight_map(index).values()) if index.exists() else {"model.safetensors"}
-    return found if all((found / shard).exists() for shard in shards) else None
+    return found if is_whole(found) else None
 
 
 def _snapshot(source: str, revision: str | None) -> Path:

@@ -43,8 +43,18 @@ class _Interrupted(BaseException):
         self.signum = signum
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from emo_select import __version__
+
+        typer.echo(f"emo-select {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version, and stop.", is_eager=True,
+                                          callback=_show_version)] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what libraries say.")] = False,
     show_traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False,

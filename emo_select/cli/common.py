@@ -9,9 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+DATA_DIR_VARIABLE = "EMO_SELECT_DATA_DIR"
 RUN, CALIBRATE, TRAIN, SCORE, MACHINE, OUTPUT = "Run", "Calibration", "Finetuning", "Evaluation", "Machine", "Output"
 
-Models = Annotated[list[str], typer.Option("--model", "-m", help="Hub id, folder or demo/NAME.", rich_help_panel=RUN)]
+MODEL_HELP = "Hub id (or ID@REVISION), folder or demo/NAME."
+Models = Annotated[list[str], typer.Option("--model", "-m", help=MODEL_HELP, rich_help_panel=RUN)]
 Tasks = Annotated[list[str], typer.Option("--task", "-t", help="Task or group; see `emo-select tasks`.",
                                           rich_help_panel=RUN)]
 KeepKs = Annotated[list[str], typer.Option(
@@ -21,9 +23,21 @@ Methods = Annotated[list[str], typer.Option(
 OutputDir = Annotated[str | None, typer.Option(
     "--output-dir", "-o", envvar="EMO_SELECT_OUTPUT_DIR", show_default="selective_evals_final",
     help="Root of the run tree.", rich_help_panel=OUTPUT)]
+Revision = Annotated[str | None, typer.Option(
+    "--revision", help="Branch, tag or commit of the Hub models; the same as --model ID@REVISION.",
+    rich_help_panel=RUN)]
+
+
+def _for_everything(folder: str | None) -> str | None:
+    """What the folder holds is found in this process and those that it starts, also models by their Hub ids."""
+    if folder is not None:
+        os.environ[DATA_DIR_VARIABLE] = folder
+    return folder
+
+
 DataDir = Annotated[str | None, typer.Option(
-    "--data-dir", envvar="EMO_SELECT_DATA_DIR", help="Folder of datasets for machines without network.",
-    rich_help_panel=MACHINE)]
+    "--data-dir", envvar=DATA_DIR_VARIABLE, help="Folder that `emo-select fetch` filled, for machines without network.",
+    rich_help_panel=MACHINE, callback=_for_everything)]
 NumExamples = Annotated[int | None, typer.Option("--num-examples", "-n", min=1, show_default="all",
                                                  help="Calibration texts to draw.", rich_help_panel=CALIBRATE)]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of that draw, and of random selection.",
@@ -50,7 +64,23 @@ def emit(value: Any) -> None:
 
 def listed(values: list[str]) -> list[str]:
     """Flatten repeated and comma-separated values."""
-    return [part.strip() for value in values for part in value.split(",") if part.strip()]
+    from emo_select.spec import listed
+
+    return listed(values)
+
+
+def keep_ks(values: list[str]) -> list[str]:
+    """Flatten repeated and comma-separated keep-k; a decimal comma is refused."""
+    from emo_select.spec import keep_ks_in
+
+    return keep_ks_in(values)
+
+
+def models(values: list[str], revision: str | None) -> list[str]:
+    """Flatten repeated and comma-separated models, each with its revision."""
+    from emo_select.checkpoint import at_revision
+
+    return [at_revision(model, revision) for model in listed(values)]
 
 
 def is_first() -> bool:

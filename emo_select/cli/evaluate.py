@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from emo_select.evaluate import EvalOptions
     from emo_select.tasks import Task
 
-Models = Annotated[list[str] | None, typer.Option("--model", "-m", help="Hub id, folder or demo/NAME.",
+Models = Annotated[list[str] | None, typer.Option("--model", "-m", help=common.MODEL_HELP,
                                                   rich_help_panel=RUN)]
 Tasks = Annotated[list[str] | None, typer.Option("--task", "-t", help="Task or group; see `emo-select tasks`.",
                                                  rich_help_panel=RUN)]
@@ -57,6 +57,7 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     run: RunDirectory = None,
     model: Models = None,
+    revision: common.Revision = None,
     task: Tasks = None,
     num_shots: Shots = None,
     limit: Limit = None,
@@ -93,7 +94,7 @@ def evaluate(
     from emo_select.evaluate import EvalOptions
     from emo_select.tasks import get_tasks
 
-    models, tasks = _asked(model, task, data_dir)
+    models, tasks = _asked(model, revision, task)
     options = EvalOptions(
         num_shots=num_shots, limit=limit, samples=_samples(samples, data_dir), max_length=max_length, dtype=dtype,
         add_bos_token=add_bos, backend=backend, device=device, device_map=device_map, token_budget=token_budget,
@@ -102,7 +103,7 @@ def evaluate(
     found = get_tasks(tasks, data_dir=data_dir)
     if sweep_keep_k:
         texts = {"num_examples": num_examples, "seed": seed, "num_shots": num_shots, "file": calibration}
-        _sweep(models, found, common.listed([sweep_keep_k]), method, options, _folder(models[0], out, output_dir),
+        _sweep(models, found, common.keep_ks([sweep_keep_k]), method, options, _folder(models[0], out, output_dir),
                texts, as_json=as_json)
         return
     folders = {name: _folder(name, out, output_dir, nested=len(models) > 1) for name in models}
@@ -110,12 +111,12 @@ def evaluate(
     _show(scores, folders, found, as_json=as_json)
 
 
-def _asked(model: list[str] | None, task: list[str] | None, data_dir: str | None) -> tuple[list[str], list[str]]:
+def _asked(model: list[str] | None, revision: str | None, task: list[str] | None) -> tuple[list[str], list[str]]:
     from emo_select.errors import SpecError
 
     if not (model and task):
         raise SpecError("Name what to evaluate: a run directory, or --model and --task.")
-    return common.listed(model), common.listed(task)
+    return common.models(model, revision), common.listed(task)
 
 
 def _evaluate_run(directory: Path, machine: dict[str, Any], named: bool, *, as_json: bool) -> None:

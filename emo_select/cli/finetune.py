@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from emo_select.spec import Execution
 
 RunDirectory = Annotated[Path | None, typer.Argument(help="A run directory: trains its pruned model by its own spec.")]
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Hub id, folder or demo/NAME.", rich_help_panel=RUN)]
+Model = Annotated[str | None, typer.Option("--model", "-m", help=common.MODEL_HELP, rich_help_panel=RUN)]
 Task = Annotated[str | None, typer.Option("--task", "-t", help="Task whose training split to use.",
                                           rich_help_panel=RUN)]
 NumShots = Annotated[int | None, typer.Option("--num-shots", min=0, show_default="the task's", rich_help_panel=RUN,
@@ -39,6 +39,7 @@ def finetune(
     *,
     run: RunDirectory = None,
     model: Model = None,
+    revision: common.Revision = None,
     task: Task = None,
     num_shots: NumShots = None,
     recipe: Settings,
@@ -67,6 +68,8 @@ def finetune(
     if run is not None:
         _finetune_run(run, execution, bool(model or task or recipe["file"]), force=force, as_json=as_json)
         return
+    if model is not None:
+        [model] = common.models([model], revision)
     settings = {**recipe, "max_length": max_length, "seed": seed, "lora": adapters}
     _show(_finetune_model(model, task, num_shots, out, settings, execution, force=force), str(out), as_json=as_json)
 
@@ -122,9 +125,11 @@ def _show(report: TrainReport, where: str, *, as_json: bool) -> None:
 
 def merge_back(
     child: Annotated[Path, typer.Argument(help="A run directory (its last checkpoint) or a finetuned checkpoint.")],
-    into: Annotated[str, typer.Option("--into", help="The model that was pruned: Hub id, folder or demo/NAME.",
+    into: Annotated[str, typer.Option("--into", help=f"The model that was pruned: {common.MODEL_HELP}",
                                       rich_help_panel=RUN)],
     out: Annotated[Path, typer.Option("--out", help="Folder of the merged model.", rich_help_panel=OUTPUT)],
+    revision: common.Revision = None,
+    data_dir: common.DataDir = None,
     router: Annotated[bool, typer.Option("--router", help="Also the kept experts' router rows.",
                                          rich_help_panel=RUN)] = False,
     shared: Annotated[bool, typer.Option("--shared", help="Also shared experts.", rich_help_panel=RUN)] = False,
@@ -145,7 +150,7 @@ def merge_back(
     if out.exists() and not force:
         raise SpecError(f"{out} is already there; pass --force to replace it, or choose another with --out.")
     options = MergeOptions(router=router, shared=shared, rest=rest, average=average, dtype=dtype)
-    record = merge(child, into, out, options)
+    record = merge(child, common.models([into], revision)[0], out, options)
     if as_json:
         common.emit({"directory": str(out), **record})
     else:

@@ -14,22 +14,23 @@ from emo_select.cli.common import emit
 
 if TYPE_CHECKING:
     from emo_select.pipeline import Planned, Run, Step
+    from emo_select.pipeline.cost import Cost
 
 SHOWN = 30
 _LOOK = {"run": ("run", "bold yellow"), "done": ("done", "green"), "skip": ("–", "dim")}
 _LINK = {**_LOOK, "run": ("link", "cyan")}  # the same as in a run above it
 
 
-def show(planned: Sequence[Planned], *, as_json: bool) -> None:
+def show(planned: Sequence[Planned], *, as_json: bool, tokens_per_second: float | None = None) -> None:
     """Print what will happen to each run: as a table on stderr, or everything as JSON on stdout."""
-    if as_json:
-        from emo_select.pipeline import cost
+    from emo_select.pipeline import cost
 
-        costs = cost.of_all(planned)
+    costs = cost.of_all(planned, tokens_per_second)
+    if as_json:
         emit([as_data(run, steps) | {"cost": asdict(each)} for (run, steps), each in zip(planned, costs, strict=True)])
         return
     progress.talk(_table(planned))
-    for line in summary(planned):
+    for line in summary(planned, cost.total(costs)):
         progress.say(line)
 
 
@@ -42,17 +43,18 @@ def as_data(run: Run, steps: Sequence[Step]) -> dict[str, Any]:
     }
 
 
-def summary(planned: Sequence[Planned]) -> list[str]:
+def summary(planned: Sequence[Planned], total: Cost) -> list[str]:
     """What the whole plan needs, in words."""
     from emo_select.pipeline import cost
 
-    total = cost.total(planned)
     working = sum(any(step.action == "run" for step in steps) for _, steps in planned)
     lines = [f"{len(planned)} run{'s' * (len(planned) != 1)}, {working} with work to do."]
     if working:
         known = total.seconds is not None
-        time = f"about {cost.duration(total.seconds or 0)}" if known else "time not measured on this machine yet"
-        lines.append(f"To do: about {total.tokens:,} tokens forward, {total.bytes / 1e9:.2f} GB to write, {time}.")
+        time = (f"about {cost.duration(total.seconds or 0)}" if known
+                else "time not measured on this machine yet (--tokens-per-second gives a speed)")
+        lines.append(f"To do: about {total.tokens:,} tokens forward, {total.bytes / 1e9:.2f} GB to write, at most "
+                     f"{total.memory / 1e9:.2f} GB of memory, {time}.")
     return lines
 
 

@@ -22,7 +22,9 @@ def register(app: typer.Typer) -> None:
 def prune(
     selection: Annotated[Path, typer.Argument(help="A run directory, or a selection.json.")],
     model: Annotated[str | None, typer.Option("--model", "-m", show_default="the one selected on", rich_help_panel=RUN,
-                                              help="Hub id, folder or demo/NAME.")] = None,
+                                              help=common.MODEL_HELP)] = None,
+    revision: common.Revision = None,
+    data_dir: common.DataDir = None,
     out: Annotated[Path | None, typer.Option("--out", show_default="selected_model beside the selection",
                                              help="Folder of the pruned checkpoint.", rich_help_panel=OUTPUT)] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", show_default="as stored", rich_help_panel=OUTPUT,
@@ -39,7 +41,7 @@ def prune(
 
     The result has the source's own layout and loads wherever that loads. An interrupted call goes on where it was.
     """
-    changed = model or out or dtype or max_shard_size or allow_nonuniform
+    changed = model or revision or out or dtype or max_shard_size or allow_nonuniform
     if (selection / "run.json").exists() and not (changed or dry_run):
         _prune_run(selection, force=force, as_json=as_json)
         return
@@ -49,9 +51,9 @@ def prune(
 
     path = selection / "selection.json" if selection.is_dir() else selection
     keep_set = KeepSet.load(path)
-    source = model or keep_set.model
-    if source is None:
+    if not (model or keep_set.model):
         raise SpecError(f"{path} does not say which model it is for; name it with --model.")
+    [source] = common.models([model or str(keep_set.model)], revision)
     target = out or path.parent / "selected_model"
     if target.exists() and not (force or dry_run):
         raise SpecError(f"{target} is already there; pass --force to replace it, or choose another with --out.")

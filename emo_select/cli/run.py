@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
 def run(
     *,
     model: common.Models,
+    revision: common.Revision = None,
     task: common.Tasks,
     keep_k: common.KeepKs,
     method: common.Methods = ["layerwise"],  # noqa: B006 - typer copies it
@@ -40,6 +41,9 @@ def run(
     ),
     recipe: Settings,
     adapters: Settings | None,
+    max_length: Annotated[int | None, typer.Option(
+        min=2, show_default="4096, 4095 and 2048", rich_help_panel=RUN,
+        help="Longest text in tokens, in calibration, training and evaluation.")] = None,
     eval_shots: Annotated[int | None, typer.Option(min=0, show_default="the task's", help="Few-shot examples.",
                                                    rich_help_panel=SCORE)] = None,
     limit: Annotated[int | None, typer.Option(min=1, show_default="all", help="First N test documents.",
@@ -55,6 +59,9 @@ def run(
                                         rich_help_panel=common.OUTPUT)] = False,
     output_dir: common.OutputDir = None,
     dry_run: common.DryRun = False,
+    tokens_per_second: Annotated[float | None, typer.Option(
+        min=1e-9, show_default="as measured in this tree", rich_help_panel=common.OUTPUT,
+        help="Speed of this machine, for the time in the plan.")] = None,
     as_json: common.AsJson = False,
 ) -> None:
     """Select, prune, finetune and evaluate; skip what is done; end with the table.
@@ -69,13 +76,17 @@ def run(
         "training": {**recipe, "lora": adapters},
         "evaluation": {"num_shots": eval_shots, "limit": limit},
     }
+    if max_length is not None:
+        for part in ("calibration", "training", "evaluation"):
+            settings[part]["max_length"] = max_length
     machine |= {"num_gpus": common.only_process(machine["num_gpus"]), "device": device, "dtype": dtype,
                 "memory_budget": memory_budget, "data_dir": data_dir, "trust_remote_code": trust_remote_code,
                 "plots": plots}
-    runs = _expand(model, task, keep_k, method, settings, machine, output_dir, download=not dry_run)
+    models = common.models(model, revision)
+    runs = _expand(models, task, keep_k, method, settings, machine, output_dir, download=not dry_run)
     if recipe["file"]:
         _require_own_examples(runs)
-    _run_all(runs, stages, force, output_dir, dry_run=dry_run, as_json=as_json)
+    _run_all(runs, stages, force, output_dir, tokens_per_second, dry_run=dry_run, as_json=as_json)
 
 
 def _expand(model: list[str], task: list[str], keep_k: list[str], method: list[str], settings: dict[str, Any],
@@ -85,7 +96,7 @@ def _expand(model: list[str], task: list[str], keep_k: list[str], method: list[s
     from emo_select.tree import Tree
 
     tree = Tree.at(output_dir)
-    wanted = Wanted(common.listed(model), common.listed(task), common.listed(keep_k), common.listed(method), settings)
+    wanted = Wanted(model, common.listed(task), common.keep_ks(keep_k), common.listed(method), settings)
     return expand(wanted, tree, checked(Execution, machine), download=download)
 
 
@@ -97,13 +108,14 @@ def _require_own_examples(runs: list[Run]) -> None:
         require_own_examples(directory, wanted)
 
 
-def _run_all(runs: list[Run], stages: str, force: str, output_dir: str | None, *, dry_run: bool, as_json: bool) -> None:
+def _run_all(runs: list[Run], stages: str, force: str, output_dir: str | None, tokens_per_second: float | None, *,
+             dry_run: bool, as_json: bool) -> None:
     from emo_select.cli import plans
     from emo_select.pipeline import check_space, execute_all, plan
 
     names, forced = common.listed([stages]), common.listed([force])
     planned = [(run, plan(run, names, forced)) for run in runs]
-    plans.show(planned, as_json=as_json and dry_run)
+    plans.show(planned, as_json=as_json and dry_run, tokens_per_second=tokens_per_second)
     if dry_run:
         return
     runs[0].tree.require_writable()

@@ -52,7 +52,8 @@ def register(app: typer.Typer) -> None:
 
 
 def activations(
-    model: Annotated[str, typer.Option("--model", "-m", help="Hub id, folder or demo/NAME.", rich_help_panel=RUN)],
+    model: Annotated[str, typer.Option("--model", "-m", help=common.MODEL_HELP, rich_help_panel=RUN)],
+    revision: common.Revision = None,
     task: TaskNames = None,
     num_examples: common.NumExamples = None,
     seed: common.Seed = 0,
@@ -77,13 +78,13 @@ def activations(
     """
     texts = _calibration(num_examples, seed, num_shots, calibration, thinking, max_length)
     options = _options(device, dtype, memory_budget, token_budget, scratch)
-    names = common.listed(task or [])
+    names, [model] = common.listed(task or []), common.models([model], revision)
     if out is not None or calibration is not None:
         folders = [_collect(model, names, texts, options, data_dir, _need_out(out, "own texts"))]
     else:
         machine = {"device": device, "dtype": dtype, "memory_budget": memory_budget, "data_dir": data_dir}
         runs = _runs([model], names, ["full"], ["easy_ep"], {"calibration": texts}, machine, output_dir)
-        _execute(runs, ["activations"])
+        _collect_all(runs)
         folders = [run.tree.activations(run.spec) for run in runs]
     if as_json:
         common.emit([_activations_data(folder) for folder in folders])
@@ -94,6 +95,7 @@ def activations(
 
 def select(
     model: common.Models,
+    revision: common.Revision = None,
     keep_k: Annotated[list[str] | None, typer.Option(
         "--keep-k", "-k", help="Experts kept per layer, shared ones included: 16, 12.5% or full.",
         rich_help_panel=RUN)] = None,
@@ -125,20 +127,20 @@ def select(
     """
     from emo_select.experts.calibration import parse_weights
 
-    names = common.listed(task or [])
+    names, models = common.listed(task or []), common.models(model, revision)
     weights = parse_weights(names) if any(":" in name for name in names) else None
     texts = _calibration(num_examples, seed, num_shots, calibration, thinking, max_length)
-    keep_ks, schedules = common.listed(keep_k or []), common.listed(schedule or [])
+    keep_ks, schedules = common.keep_ks(keep_k or []), common.listed(schedule or [])
     if out is not None or weights is not None or schedules or (calibration is not None and not names):
         wanted = {"tasks": list(weights or names), "weights": weights, "score": score, "num_shared": num_shared,
                   "calibration": texts}
         folder = _need_out(out, "mixed tasks, schedules and own texts without a task")
-        results = _standalone(common.listed(model), keep_ks, schedules, common.listed(method), wanted, folder,
+        results = _standalone(models, keep_ks, schedules, common.listed(method), wanted, folder,
                               _options(device, dtype, memory_budget, token_budget, scratch), data_dir)
     else:
         machine = {"device": device, "dtype": dtype, "memory_budget": memory_budget, "data_dir": data_dir}
         settings = {"calibration": texts, "score": score, "num_shared": num_shared}
-        runs = _runs(common.listed(model), names, keep_ks, common.listed(method), settings, machine, output_dir)
+        runs = _runs(models, names, keep_ks, common.listed(method), settings, machine, output_dir)
         _execute(runs, ["activations", "select"])
         results = [run.paths.selection for run in runs]
     _report(results, plot=plot, as_json=as_json)
@@ -205,13 +207,18 @@ def _process() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _execute(runs: Sequence[Run], stages: Sequence[str]) -> None:
-    from emo_select.cli import plans
+def _refuse_several_processes() -> None:
     from emo_select.errors import SpecError
-    from emo_select.pipeline import execute_all, plan
 
     if _process()[1] > 1:
         raise SpecError("Several processes cannot work on one run tree; under torchrun, give a folder with --out.")
+
+
+def _execute(runs: Sequence[Run], stages: Sequence[str]) -> None:
+    from emo_select.cli import plans
+    from emo_select.pipeline import execute_all, plan
+
+    _refuse_several_processes()
     if not runs:
         return
     planned = [(run, plan(run, stages)) for run in runs]
@@ -221,6 +228,19 @@ def _execute(runs: Sequence[Run], stages: Sequence[str]) -> None:
     plans.show_failures(failed)
     if failed:
         raise typer.Exit(1)
+
+
+def _collect_all(runs: Sequence[Run]) -> None:
+    from emo_select import progress
+    from emo_select.pipeline import collect
+
+    _refuse_several_processes()
+    runs[0].tree.require_writable()
+    with progress.track("Tasks", total=len(runs)) as bar:
+        for run in runs:
+            bar.update(run.spec.task)
+            collect(run)
+            bar.advance()
 
 
 def _collect(model: str, tasks: list[str], texts: dict[str, Any], options: StreamOptions, data_dir: str | None,

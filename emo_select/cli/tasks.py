@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emo_select.cli.common import AsJson, DataDir, emit, listed
+from emo_select.cli.common import models as with_revision
 
 if TYPE_CHECKING:
     from emo_select.tasks import Task
@@ -66,6 +67,7 @@ def _print_columns(rows: Sequence[dict[str, Any]]) -> None:
 def check(
     file: Annotated[Path, typer.Argument(help="A task file (YAML); docs/tasks.md explains its keys.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="Also count tokens, with its tokenizer.")] = None,
+    data_dir: DataDir = None,
 ) -> None:
     """Check a task file and all its rows, and show two rendered prompts."""
     from emo_select.tasks import get_tasks
@@ -102,13 +104,14 @@ def fetch(
     to: Annotated[Path, typer.Option("--to", help="Folder to fill; give it as --data-dir later.")],
     tasks: Annotated[list[str] | None, typer.Option("--task", "-t", help="Task or group (repeatable).")] = None,
     models: Annotated[list[str] | None, typer.Option("--model", "-m", help="Hub id of a model (repeatable).")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Of the models; the same as ID@REVISION.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask after showing the sizes.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be fetched, and stop.")] = False,
 ) -> None:
     """Download data sets and models into a folder, for machines without network. Run it again to go on."""
     from emo_select.tasks import fetch as fetching
 
-    plan = fetching.make_plan(listed(tasks or []), listed(models or []), to)
+    plan = fetching.make_plan(listed(tasks or []), with_revision(models or [], revision), to)
     for line in plan.summary():
         typer.echo(line)
     if dry_run or not plan.missing:

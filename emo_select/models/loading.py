@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from textwrap import shorten
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -142,6 +142,24 @@ def _load_weights(
         "of another shape": sorted(str(entry[0]) for entry in report["mismatched_keys"]),
     })
     return model.eval()
+
+
+def tensors_of(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors that a checkpoint with this config.json has; no memory is taken for them.
+
+    Raises:
+        ModelError: transformers does not know the architecture, or a value is not valid.
+    """
+    from transformers import AutoConfig
+
+    register()
+    try:
+        built = AutoConfig.for_model(**config)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"The configuration cannot be used: {_sentence(error)}") from error
+    import_models()
+    tensors, tied = _expected_tensors(built)
+    return [(name, shape) for name, shape in tensors.items() if name not in tied or not config["tie_word_embeddings"]]
 
 
 def _expected_tensors(config: PreTrainedConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:

@@ -9,7 +9,7 @@ the rooms below; `expand` turns lists of models, tasks and keep-k into checked r
 from emo_select.pipeline.expand import Wanted, check_space, expand
 from emo_select.pipeline.plan import Action, Step, plan
 from emo_select.pipeline.runs import ONE_PASS, STAGES, Run, reopen
-from emo_select.pipeline.stages import Planned, execute, execute_all
+from emo_select.pipeline.stages import Planned, collect, execute, execute_all
 
-__all__ = ["ONE_PASS", "STAGES", "Action", "Planned", "Run", "Step", "Wanted", "check_space", "execute", "execute_all",
-           "expand", "plan", "reopen"]
+__all__ = ["ONE_PASS", "STAGES", "Action", "Planned", "Run", "Step", "Wanted", "check_space", "collect", "execute",
+           "execute_all", "expand", "plan", "reopen"]

@@ -1,9 +1,10 @@
-"""What a plan will cost: tokens forward, bytes written, and time where this machine has done the like before."""
+"""What a plan will cost: tokens forward, bytes written, memory, and time by speeds measured here or given."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -12,13 +13,15 @@ from emo_select.pipeline.adopt import twin_key
 from emo_select.pipeline.expand import pruned_bytes
 from emo_select.pipeline.plan import Action, Step
 from emo_select.pipeline.runs import Run
+from emo_select.tasks import lengths
 from emo_select.tree import Tree
 
 if TYPE_CHECKING:
+    from emo_select.spec import RunSpec
     from emo_select.tasks import Task
 
-CHARACTERS_PER_TOKEN = 4.0  # of English text under the usual vocabularies; the plan must not need the tokenizer
-SAMPLE = 64
+FLOAT32_BYTES = 4
+FULL_TRAINING_BYTES = 16  # per parameter: weight, gradient, two moments of AdamW
 TRAINING_PASSES = 3  # a training step is a forward pass and a backward pass that costs two
 
 
@@ -29,33 +32,37 @@ class Cost:
     tokens: int = 0
     bytes: int = 0
     seconds: float | None = None
+    memory: int = 0
+    """Bytes at the stage that needs most, activations of a training step aside."""
 
 
-def of(run: Run, steps: Sequence[Step]) -> Cost:
-    """Estimate one run."""
+def of(run: Run, steps: Sequence[Step], tokens_per_second: float | None = None) -> Cost:
+    """Estimate one run, its time by the given speed or by what was measured in its tree."""
     todo = [step.stage for step in steps if step.action is Action.RUN]
-    size = pruned_bytes(run) if run.spec.selects else run.source.total_bytes
+    size = pruned_bytes(run)
     written = size * (("prune" in todo) + ("finetune" in todo) * run.spec.training.checkpoints)
-    return Cost(sum(_tokens(run, stage) for stage in todo), written, _seconds(run, todo))
+    tokens = sum(_tokens(run, stage) for stage in todo)
+    seconds = tokens / tokens_per_second if tokens_per_second else _seconds(run, todo)
+    return Cost(tokens, written, seconds, max((_memory(run, stage, size) for stage in todo), default=0))
 
 
-def of_all(planned: Iterable[tuple[Run, Sequence[Step]]]) -> list[Cost]:
+def of_all(planned: Iterable[tuple[Run, Sequence[Step]]], tokens_per_second: float | None = None) -> list[Cost]:
     """Estimate each run of a plan; one that takes everything over from a run before it costs nothing."""
     before: set[str] = set()
     costs = []
     for run, steps in planned:
         key = twin_key(run.spec, keeps_all=run.keeps_all)
-        costs.append(Cost(seconds=0.0) if key in before else of(run, steps))
+        costs.append(Cost(seconds=0.0) if key in before else of(run, steps, tokens_per_second))
         before.add(key)
     return costs
 
 
-def total(planned: Iterable[tuple[Run, Sequence[Step]]]) -> Cost:
-    """Add up the costs of a plan; the time is known only if every run's is."""
-    costs = of_all(planned)
+def total(costs: Sequence[Cost]) -> Cost:
+    """Add up the costs of a plan, runs one after another; the time is known only if every run's is."""
     known = [cost.seconds for cost in costs if cost.seconds is not None]
     seconds = sum(known) if len(known) == len(costs) else None
-    return Cost(sum(cost.tokens for cost in costs), sum(cost.bytes for cost in costs), seconds)
+    return Cost(sum(cost.tokens for cost in costs), sum(cost.bytes for cost in costs), seconds,
+                max((cost.memory for cost in costs), default=0))
 
 
 def duration(seconds: float) -> str:
@@ -71,20 +78,49 @@ def _tokens(run: Run, stage: str) -> int:
     if stage in ("activations", "select"):
         if stage == "select" and spec.method != "layerwise":
             return 0
-        drawn = spec.calibration.num_examples or len(task.docs("validation"))
-        return int(min(drawn, len(task.docs("validation"))) * _per_text(task, "validation", spec.calibration.num_shots))
+        return calibration_tokens(task, spec)
     if stage == "finetune":
-        return int(len(task.docs("train")) * spec.training.epochs * _per_text(task, "train", None) * TRAINING_PASSES)
-    if stage == "eval":
-        docs = min(spec.evaluation.limit or len(task.docs("test")), len(task.docs("test")))
-        return int(docs * _per_text(task, "test", spec.evaluation.num_shots)) * 2  # before and after finetuning
-    return 0
+        return training_tokens(task, spec)
+    return evaluation_tokens(task, spec) * (1 + spec.training.checkpoints) if stage == "eval" else 0
 
 
-def _per_text(task: Task, split: str, num_shots: int | None) -> float:
-    """Mean tokens of the first texts of a split."""
-    texts = task.examples(split, num_shots, limit=SAMPLE)
-    return sum(len(example.text) for example in texts) / max(len(texts), 1) / CHARACTERS_PER_TOKEN
+def calibration_tokens(task: Task, spec: RunSpec) -> int:
+    """Tokens of the calibration texts."""
+    chosen, count = spec.calibration, lengths.count(task, "validation")
+    drawn = min(chosen.num_examples or count, count)
+    return int(drawn * lengths.mean_tokens(task, "validation", chosen.num_shots))
+
+
+def training_tokens(task: Task, spec: RunSpec) -> int:
+    """Tokens of training, forward and backward."""
+    per_epoch = lengths.count(task, "train") * lengths.mean_tokens(task, "train", spec.calibration.num_shots)
+    return int(per_epoch * spec.training.epochs * TRAINING_PASSES)
+
+
+def evaluation_tokens(task: Task, spec: RunSpec) -> int:
+    """Tokens of scoring one checkpoint."""
+    count = lengths.count(task, "test")
+    drawn = min(spec.evaluation.limit or count, count)
+    return int(drawn * lengths.mean_tokens(task, "test", spec.evaluation.num_shots))
+
+
+def _memory(run: Run, stage: str, pruned: int) -> int:
+    """Bytes that a stage holds, by the bytes of the checkpoint that it works on.
+
+    Selection holds the largest layer and the hidden states of all texts (4 bytes each, or in a scratch file beyond
+    --memory-budget); finetuning in float32 weights, gradients and two moments; evaluation the model.
+    """
+    if stage in ("activations", "select"):
+        layers = run.source.layers.values()
+        largest = max(sum(run.source.tensors[name].bytes for name in names) for names in layers)
+        return largest + 4 * _tokens(run, stage) * int(run.source.config.get("hidden_size") or 0)
+    if stage == "prune":
+        return 0
+    element = max(1, round(sum(info.bytes for info in run.source.tensors.values())
+                           / sum(prod(info.shape) for info in run.source.tensors.values())))
+    parameters = pruned // element
+    trained = stage == "finetune" and run.spec.training.lora is None
+    return parameters * (FULL_TRAINING_BYTES if trained else FLOAT32_BYTES)
 
 
 def _seconds(run: Run, stages: Sequence[str]) -> float | None:

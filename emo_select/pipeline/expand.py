@@ -11,6 +11,7 @@ from emo_select.errors import SpecError
 from emo_select.pipeline.adopt import twin_key
 from emo_select.pipeline.runs import Run
 from emo_select.spec import Execution, RunSpec, Training, checked, parse_keep_k
+from emo_select.tasks import lengths
 from emo_select.tree import Tree, require_space
 
 if TYPE_CHECKING:
@@ -33,10 +34,9 @@ class Wanted:
 def expand(wanted: Wanted, tree: Tree, execution: Execution, *, download: bool = True) -> list[Run]:
     """Every run of the product, each checked against its model's headers and its task's data.
 
-    Dense models skip selection and are run once per task. `download` False takes models from disk only. Raises a
-    `UsageError` for the first thing that cannot work.
+    Dense models skip selection and are run once per task. `download` False is for plans: models come from disk, and
+    of what is not there the shapes do. Raises a `UsageError` for the first thing that cannot work.
     """
-    from emo_select.checkpoint import open_checkpoint
     from emo_select.tasks import get_tasks
 
     for name in ("models", "tasks", "keep_ks", "methods"):
@@ -47,12 +47,22 @@ def expand(wanted: Wanted, tree: Tree, execution: Execution, *, download: bool =
     tasks = get_tasks(wanted.tasks, data_dir=execution.data_dir)
     runs: list[Run] = []
     for model in dict.fromkeys(wanted.models):
-        source = open_checkpoint(model, download=download)
+        source = _opened(model, execution.data_dir, download=download)
         _check_training(training, source)
         choices = list(_choices(model, source, wanted))
         for task in tasks:
+            if download or not lengths.known(task):
+                task.require_data()
             runs += [_bind(_spec(model, task, choice, wanted), tree, execution, source, task) for choice in choices]
     return runs
+
+
+def _opened(model: str, data_dir: str | None, *, download: bool) -> Checkpoint:
+    from emo_select.checkpoint import open_checkpoint
+    from emo_select.models.shapes import open_or_outline
+
+    found = None if download else open_or_outline(model, data_dir)
+    return found or open_checkpoint(model, data_dir=data_dir, download=download)
 
 
 def _check_machine(execution: Execution, training: Training) -> None:
@@ -127,7 +137,6 @@ def _spec(model: str, task: Task, choice: _Choice, wanted: Wanted) -> RunSpec:
 def _bind(spec: RunSpec, tree: Tree, execution: Execution, source: Checkpoint, task: Task) -> Run:
     run = Run(spec, tree, execution)
     run.__dict__.update(source=source, task=task)  # opened once for all runs of the product
-    task.require_data()
     return run
 
 
@@ -140,9 +149,11 @@ def check_space(runs: Iterable[Run], tree: Tree) -> None:
 
 
 def pruned_bytes(run: Run) -> int:
-    """Bytes of the pruned checkpoint: expert tensors shrink by kept/all, everything else stays."""
+    """Bytes of the checkpoint that is finetuned: expert tensors shrink by kept/all, everything else stays."""
     from emo_select.models.families import experts_per_layer, family_of
 
+    if not run.spec.selects:
+        return run.source.total_bytes
     source, family = run.source, family_of(run.source.config)
     counts = experts_per_layer(source.config)
     total = 0.0

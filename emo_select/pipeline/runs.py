@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from emo_select.checkpoint import Checkpoint
     from emo_select.tasks import Task
 
+ABSENT = "not on this machine"
 STAGES = ("activations", "select", "prune", "finetune", "eval")
 ONE_PASS = ("easy_ep", "global", "frequency", "gate_mass", "ean", "reap")
 
@@ -43,7 +44,7 @@ class Run:
         """The full model on disk, headers checked."""
         from emo_select.checkpoint import open_checkpoint
 
-        return open_checkpoint(self.spec.model)
+        return open_checkpoint(self.spec.model, data_dir=self.execution.data_dir)
 
     @cached_property
     def task(self) -> Task:
@@ -52,6 +53,11 @@ class Run:
 
         machine = self.execution
         return get_tasks([machine.task_file or self.spec.task], data_dir=machine.data_dir)[0]
+
+    @cached_property
+    def is_here(self) -> bool:
+        """Whether model and data are on this machine; else plans go by shapes, shipped lengths and records."""
+        return self.source.has_weights and self.task.available
 
     @property
     def start_model(self) -> Path:
@@ -67,8 +73,15 @@ class Run:
         return spec.selects and spec.num_shared is None and spec.keep_k >= max(experts_per_layer(self.source.config))
 
     def fingerprint(self, stage: str) -> str:
-        """Digest of everything the outputs of `stage` depend on."""
-        return digest({"stage": stage, **_DEPENDS[stage](self)})
+        """Digest of everything the outputs of `stage` depend on; on another machine, the one in the run's record."""
+        return digest({"stage": stage, **_DEPENDS[stage](self)}) if self.is_here else self.recorded(stage)
+
+    def recorded(self, name: str) -> str:
+        """The fingerprint that a completion record of this run has, or one that no record has."""
+        if name == "activations":
+            return record.activations_fingerprint(self.tree.activations_record(self.spec)) or ABSENT
+        done = record.load(self.paths)
+        return done.stages[name].fingerprint if done and name in done.stages else ABSENT
 
 
 def _activations_depend(run: Run) -> dict[str, Any]:
@@ -127,6 +140,8 @@ _DEPENDS: dict[str, Callable[[Run], dict[str, Any]]] = {
 
 def checkpoint_fingerprint(run: Run, step: int) -> str:
     """Digest of what the results of `checkpoint-<step>` depend on; training matters from step 1 on."""
+    if not run.is_here:
+        return run.recorded(f"eval/checkpoint-{step}")
     trained = {"finetune": run.fingerprint("finetune")} if step else {}
     return digest({"stage": "eval", "step": step, **trained, **_eval_depends(run)})
 

@@ -151,21 +151,29 @@ def select_together(runs: Sequence[Run]) -> None:
 
 def _activations(run: Run) -> None:
     """Statistics are shared by other runs, so they carry their own fingerprint and have a lock of their own."""
-    from emo_select.experts import collect_activations
-
     fingerprint = run.fingerprint("activations")
     with exclusive(run.tree.activations_lock(run.spec), wait=True):
         if record.activations_fingerprint(run.tree.activations_record(run.spec)) == fingerprint:
             return  # made by another process while this one waited
+        _perform(run, "activations", fingerprint, partial(_collect, fingerprint))
 
-        def work(run: Run, measured: Measurement) -> list[Path]:
-            texts = calibration(run)
-            scores = collect_activations(run.source, texts.token_ids, texts.groups, run.tree.activations(run.spec),
-                                         stream_options(run), {record.ACTIVATIONS_KEY: fingerprint})
-            measured.notes |= {"tokens": sum(scores.tokens), "examples": sum(scores.examples)}
-            return []
 
-        _perform(run, "activations", fingerprint, work)
+def collect(run: Run) -> None:
+    """Make the statistics that runs of its calibration share, without beginning the run itself."""
+    fingerprint = run.fingerprint("activations")
+    with exclusive(run.tree.activations_lock(run.spec), wait=True), record.measured() as measured:
+        if record.activations_fingerprint(run.tree.activations_record(run.spec)) != fingerprint:
+            _collect(fingerprint, run, measured)
+
+
+def _collect(fingerprint: str, run: Run, measured: Measurement) -> list[Path]:
+    from emo_select.experts import collect_activations
+
+    texts = calibration(run)
+    scores = collect_activations(run.source, texts.token_ids, texts.groups, run.tree.activations(run.spec),
+                                 stream_options(run), {record.ACTIVATIONS_KEY: fingerprint})
+    measured.notes |= {"tokens": sum(scores.tokens), "examples": sum(scores.examples)}
+    return []
 
 
 def _select(run: Run) -> None:
@@ -218,7 +226,7 @@ def _prune(run: Run) -> None:
 
     def work(run: Run, measured: Measurement) -> list[Path]:
         keep_set = KeepSet.load(run.paths.selection)
-        prune_checkpoint(run.spec.model, keep_set, run.paths.selected_model)
+        prune_checkpoint(run.source.directory, keep_set, run.paths.selected_model)
         return [run.paths.selected_model]
 
     _perform(run, "prune", run.fingerprint("prune"), work)
@@ -270,7 +278,7 @@ def calibration(run: Run) -> CalibrationTexts:
     from emo_select.experts import calibration_tokens
     from emo_select.models import load_tokenizer
 
-    return calibration_tokens(run.task, load_tokenizer(run.spec.model), run.spec.calibration)
+    return calibration_tokens(run.task, load_tokenizer(str(run.source.directory)), run.spec.calibration)
 
 
 def stream_options(run: Run) -> StreamOptions:

@@ -7,12 +7,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from emo_select.errors import EmoSelectError
+from emo_select.models.shapes import open_or_outline
 from emo_select.pipeline.plan import Action, Step, plan
 from emo_select.pipeline.runs import Run
 from emo_select.spec import Execution
 from emo_select.sweeps.graph import Unit
-from emo_select.sweeps.here import opened
 from emo_select.sweeps.spec import SweepRun
+from emo_select.tasks import lengths
 from emo_select.tree import Tree
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Bench:
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
-        self._models: dict[str, Checkpoint | None] = {}
+        self._models: dict[tuple[str, str | None], Checkpoint | None] = {}
         self._tasks: dict[str | None, dict[str, Task]] = {}
         self._runs: dict[SweepRun, Run] = {}
         self.problems: dict[SweepRun, str] = {}
@@ -38,7 +39,7 @@ class Bench:
         """The run of `item`, sharing open models and tasks with all others."""
         if item not in self._runs:
             run = Run(item.spec, self.tree, item.execution)
-            model = self.model(item.spec.model)
+            model = self.model(item.spec.model, item.execution.data_dir)
             if model is not None:
                 run.__dict__["source"] = model
             run.__dict__["task"] = self.task(item.spec.task, item.execution)
@@ -58,11 +59,11 @@ class Bench:
             return None
 
     def missing(self, item: SweepRun) -> str | None:
-        """What the run needs and this machine does not have."""
-        if self.model(item.spec.model) is None:
+        """What a plan of the run needs and this machine does not have."""
+        if self.model(item.spec.model, item.execution.data_dir) is None:
             return f"the model {item.spec.model} is not on this machine"
         task = self.task(item.spec.task, item.execution)
-        return None if task.available else f"the data of {task.name} ({task.dataset}) is not on this machine"
+        return None if lengths.known(task) else f"the data of {task.name} ({task.dataset}) is not on this machine"
 
     def left(self, unit: Unit) -> list[SweepRun]:
         """Runs of the unit for which it still has to do something."""
@@ -78,11 +79,12 @@ class Bench:
             return reasons[0] if reasons else self.problems[item]
         return ""
 
-    def model(self, name: str) -> Checkpoint | None:
-        """The opened model, or None where it is not on this machine."""
-        if name not in self._models:
-            self._models[name] = opened(name)
-        return self._models[name]
+    def model(self, name: str, data_dir: str | None) -> Checkpoint | None:
+        """The opened model; where it is not on this machine, its shapes, or None."""
+        key = (name, data_dir)
+        if key not in self._models:
+            self._models[key] = open_or_outline(*key)
+        return self._models[key]
 
     def task(self, name: str, execution: Execution) -> Task:
         """The task's definition."""

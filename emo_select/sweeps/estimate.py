@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 from emo_select import record
-from emo_select.pipeline.cost import CHARACTERS_PER_TOKEN, SAMPLE, TRAINING_PASSES
+from emo_select.pipeline import cost
 from emo_select.pipeline.expand import pruned_bytes
 from emo_select.pipeline.plan import Action
 from emo_select.pipeline.runs import ONE_PASS
@@ -18,7 +18,6 @@ from emo_select.sweeps.store import Keep
 
 if TYPE_CHECKING:
     from emo_select.checkpoint import Checkpoint
-    from emo_select.tasks import Task
 
 USUAL_AT_ONCE = 32  # units at work at a time where nothing limits them
 WORKING_COPIES = 3  # of the weights that training keeps for a resume, beside the checkpoints
@@ -58,7 +57,6 @@ class Estimator:
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
-        self._lengths: dict[tuple[str, str, int | None], float] = {}
         self._pruned: dict[tuple[str, int], int] = {}
         self._stages: dict[SweepRun, set[str]] = {}
 
@@ -82,22 +80,16 @@ class Estimator:
 
     def calibration_tokens(self, item: SweepRun) -> int:
         """Tokens of the calibration texts."""
-        chosen, task = item.spec.calibration, self.bench.bind(item).task
-        count = self._count(task, "validation")
-        return int(min(chosen.num_examples or count, count) * self._length(task, "validation", chosen.num_shots))
+        return cost.calibration_tokens(self.bench.bind(item).task, item.spec)
 
     def training_tokens(self, item: SweepRun) -> int:
         """Tokens of training, forward and backward."""
-        spec, task = item.spec, self.bench.bind(item).task
-        per_epoch = self._count(task, "train") * self._length(task, "train", spec.calibration.num_shots)
-        return int(per_epoch * spec.training.epochs * TRAINING_PASSES)
+        return cost.training_tokens(self.bench.bind(item).task, item.spec)
 
     def evaluation_tokens(self, item: SweepRun) -> int:
         """Tokens of scoring the start model and every checkpoint."""
-        spec, task = item.spec, self.bench.bind(item).task
-        count = self._count(task, "test")
-        docs = min(spec.evaluation.limit or count, count)
-        return int(docs * self._length(task, "test", spec.evaluation.num_shots)) * (1 + spec.training.checkpoints)
+        one = cost.evaluation_tokens(self.bench.bind(item).task, item.spec)
+        return one * (1 + item.spec.training.checkpoints)
 
     def seconds(self, cost: Cost, rates: Rates) -> float | None:
         """Time of one GPU (or machine) for `cost`; None where a rate that it needs is not known."""
@@ -171,19 +163,6 @@ class Estimator:
 
     def _source(self, item: SweepRun) -> Checkpoint:
         return self.bench.bind(item).source
-
-    def _count(self, task: Task, split: str) -> int:
-        """Documents of a split, as published where that is known: reading them all takes minutes."""
-        if task.sizes is not None:
-            return task.sizes[1 if split == "test" else 0]
-        return len(task.docs(split))
-
-    def _length(self, task: Task, split: str, num_shots: int | None) -> float:
-        key = (task.name, split, num_shots)
-        if key not in self._lengths:
-            texts = task.examples(split, num_shots, limit=SAMPLE)
-            self._lengths[key] = sum(len(example.text) for example in texts) / max(len(texts), 1) / CHARACTERS_PER_TOKEN
-        return self._lengths[key]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     name: main
     models: [{id: allenai/Emo_1b14b_1T, experts: 128}, {id: allenai/Dense_1b_130B, selects: false, keep_k: 32}]
     tasks: [mc9, mmlu]
-    keep_k: [8, 16, 32]
+    keep_k: [8, 12.5%, full]
     methods: [layerwise]
     settings: {training: {checkpoints: 1}}            # keys of RunSpec that all runs share
     variants: [{calibration: {num_examples: 5}}]      # one more factor of the product
@@ -23,8 +23,9 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from emo_select import progress
 from emo_select.errors import SpecError
-from emo_select.spec import Execution, Frozen, RunSpec, checked
+from emo_select.spec import Execution, Frozen, RunSpec, checked, keep_k_of, keep_ks_in, listed, parse_keep_k
 from emo_select.textfile import read_yaml_mapping
 
 One = str | int | bool
@@ -46,14 +47,30 @@ class Product(Frozen):
 
     models: tuple[SweepModel, ...] | None = None
     tasks: tuple[str, ...] | None = None
-    keep_k: tuple[int, ...] | None = None
+    keep_k: tuple[int | str, ...] | None = None
+    """Numbers, shares such as 12.5%, or full."""
     methods: tuple[str, ...] | None = None
     variants: tuple[dict[str, Any], ...] | None = None
 
     @field_validator("models", mode="before")
     @classmethod
     def _ids(cls, value: Any) -> Any:
-        return [{"id": item} if isinstance(item, str) else item for item in value] if value is not None else None
+        items = listed(value) if isinstance(value, str) else value
+        return [{"id": item} if isinstance(item, str) else item for item in items] if items is not None else None
+
+    @field_validator("tasks", "methods", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        """One value, or several with commas, as on the command line."""
+        return listed(value) if isinstance(value, str) else value
+
+    @field_validator("keep_k", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        items = [value] if isinstance(value, str | int) else value
+        if not isinstance(items, list | tuple):
+            return items
+        return [part for item in items for part in (keep_ks_in(item) if isinstance(item, str) else [item])]
 
 
 class Override(Frozen):
@@ -109,30 +126,87 @@ def _with_whole_paths(sweep: SweepSpec, folder: Path) -> SweepSpec:
 def expand_sweep(sweep: SweepSpec) -> list[SweepRun]:
     """Every run of the sweep, once, in the order of the file.
 
-    Raises `SpecError` for a product without models or tasks, a key that a match or a setting does not have.
+    An `exclude` or override that concerns no run is said. Raises `SpecError` for a product without models or tasks, a
+    key that a match or a setting does not have, and where no run is left.
     """
     runs: dict[str, SweepRun] = {}
-    experts: dict[str, int | None] = {}
+    experts, used = Experts(sweep.execution.get("data_dir")), _Used()
     for product in (sweep, *sweep.include):
-        experts |= {model.id: model.experts for model in product.models or () if model.experts}
-        for spec in _product(sweep, product):
-            if not any(matches(spec, rule) for rule in sweep.exclude):
-                run = _overridden(sweep, spec, experts)
+        experts.known |= {model.id: model.experts for model in product.models or () if model.experts}
+        for spec in _product(sweep, product, experts):
+            if not used.any(matches(spec, rule, experts) and used.note("exclude", rule) for rule in sweep.exclude):
+                run = _overridden(sweep, spec, experts, used)
                 runs.setdefault(run.spec.model_dump_json(), run)
+    used.say_unused(sweep)
+    if not runs:
+        raise SpecError(f"The sweep {sweep.name!r} has no runs: its `exclude` leaves every one out.")
     return list(runs.values())
 
 
-def matches(spec: RunSpec, rule: dict[str, Any]) -> bool:
+class Experts:
+    """Experts of a full layer by model, as the sweep file says or as this machine knows."""
+
+    def __init__(self, data_dir: str | None = None) -> None:
+        self.known: dict[str, int | None] = {}
+        self._data_dir = data_dir
+
+    def of(self, model: str) -> int | None:
+        """None for a model without experts, or one that is not known here."""
+        from emo_select.models.shapes import experts_of
+
+        if model not in self.known:
+            self.known[model] = experts_of(model, self._data_dir)
+        return self.known[model]
+
+    def keep_k(self, model: str, value: int | str) -> int:
+        """The number that `value` stands for. Raises `KeepKError` where the model would have to be known."""
+        if isinstance(value, int) or value.isdigit():
+            return int(value)
+        total = self.of(model)
+        return keep_k_of(model, value) if total is None else parse_keep_k(value, total)
+
+
+class _Used:
+    """Which excludes and overrides concerned a run; one that concerns none is most likely mistyped."""
+
+    def __init__(self) -> None:
+        self._rules: set[str] = set()
+
+    def note(self, kind: str, rule: dict[str, Any]) -> bool:
+        """Remember that the rule has matched."""
+        self._rules.add(f"{kind} {rule}")
+        return True
+
+    @staticmethod
+    def any(matched: Iterator[bool]) -> bool:
+        """Whether one has matched, after looking at all."""
+        return True in list(matched)
+
+    def say_unused(self, sweep: SweepSpec) -> None:
+        """Name the rules that no run has matched."""
+        wanted = [("exclude", rule) for rule in sweep.exclude] + [("override", one.match) for one in sweep.overrides]
+        for kind, rule in wanted:
+            if f"{kind} {rule}" not in self._rules:
+                progress.say(f"{sweep.name}: the {kind} {_in_words(rule)} concerns no run.")
+
+
+def _in_words(rule: dict[str, Any]) -> str:
+    return ", ".join(f"{key}: {'|'.join(map(str, value)) if isinstance(value, tuple) else value}"
+                     for key, value in rule.items()) or "without a match"
+
+
+def matches(spec: RunSpec, rule: dict[str, Any], experts: Experts | None = None) -> bool:
     """Whether a run has one of the values that the rule gives for each of its keys; `a.b` looks into parts."""
-    return all(_matches_one(spec, key, wanted) for key, wanted in rule.items())
+    return all(_matches_one(spec, key, wanted, experts or Experts()) for key, wanted in rule.items())
 
 
-def _product(sweep: SweepSpec, product: Product) -> Iterator[RunSpec]:
+def _product(sweep: SweepSpec, product: Product, experts: Experts) -> Iterator[RunSpec]:
     models, tasks, keep_ks, methods = (
         _factor(sweep, product, name) for name in ("models", "tasks", "keep_k", "methods"))
     names = _task_names(tasks, sweep.execution.get("data_dir"))
     for model in models:
-        chosen = keep_ks if model.selects else (model.keep_k or keep_ks[0],)
+        chosen = tuple(dict.fromkeys(experts.keep_k(model.id, value) for value in keep_ks)) if model.selects else (
+            model.keep_k or next((int(value) for value in keep_ks if str(value).isdigit()), 1),)
         for task in names:
             for keep_k in chosen:
                 for method in methods if model.selects else methods[:1]:
@@ -159,28 +233,24 @@ def _task_names(tasks: Sequence[str], data_dir: str | None) -> list[str]:
     return [task.name for task in get_tasks(list(tasks), data_dir)]
 
 
-def _overridden(sweep: SweepSpec, spec: RunSpec, experts: dict[str, int | None]) -> SweepRun:
+def _overridden(sweep: SweepSpec, spec: RunSpec, experts: Experts, used: _Used) -> SweepRun:
     from emo_select.tasks import task_file
 
     settings: dict[str, Any] = {}
     execution = {"task_file": task_file(spec.task), **sweep.execution}
     for override in sweep.overrides:
-        if matches(spec, override.match):
+        if matches(spec, override.match, experts) and used.note("override", override.match):
             settings = merge(settings, override.settings)
             execution = merge(execution, override.execution)
     final = RunSpec.parse(merge(spec.model_dump(), settings))
     return SweepRun(spec=final, execution=checked(Execution, execution), keeps_all=_keeps_all(final, experts))
 
 
-def _keeps_all(spec: RunSpec, experts: dict[str, int | None]) -> bool:
-    """Whether a run keeps all experts; `experts` are those of a full layer by model, completed where possible."""
+def _keeps_all(spec: RunSpec, experts: Experts) -> bool:
+    """Whether a run is known to keep all experts."""
     if not spec.selects or spec.num_shared is not None:
         return False
-    if spec.model not in experts:
-        from emo_select.sweeps.here import experts_of
-
-        experts[spec.model] = experts_of(spec.model)
-    total = experts[spec.model]
+    total = experts.of(spec.model)
     return total is not None and spec.keep_k >= total
 
 
@@ -194,12 +264,14 @@ def merge(base: dict[str, Any], *layers: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _matches_one(spec: RunSpec, key: str, wanted: One | Many) -> bool:
+def _matches_one(spec: RunSpec, key: str, wanted: One | Many, experts: Experts) -> bool:
     value: Any = spec
     for step in key.split("."):
         if step not in type(value).model_fields:
             raise SpecError(f"A run has no {key!r} to match; use model, task, keep_k, method or calibration.seed, ….")
         value = getattr(value, step)
     options = wanted if isinstance(wanted, tuple) else (wanted,)
+    if key == "keep_k":
+        options = tuple(experts.keep_k(spec.model, option) for option in options)
     return any(fnmatchcase(value, option) if isinstance(value, str) and isinstance(option, str) else value == option
                for option in options)

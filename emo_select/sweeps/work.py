@@ -128,7 +128,7 @@ def _fetch(unit: Unit, bench: Bench, notes: dict[str, Any]) -> None:
 
     asked: dict[str, Callable[[], object]] = {}
     for item in unit.runs:
-        asked[item.spec.model] = partial(open_checkpoint, item.spec.model)
+        asked[item.spec.model] = partial(open_checkpoint, item.spec.model, data_dir=item.execution.data_dir)
         asked[item.spec.task] = bench.task(item.spec.task, item.execution).require_data
     problems = {}
     for name, check in asked.items():
@@ -174,10 +174,14 @@ def _left(unit: Unit, bench: Bench, notes: dict[str, Any]) -> list[Run]:
 
 
 def _opened(item: SweepRun, bench: Bench) -> Run:
+    from emo_select.checkpoint import open_checkpoint
+
     run = bench.bind(item)
-    if bench.missing(item):
-        run.source  # noqa: B018 - downloads, or says what is missing
-        run.task.require_data()
+    run.task.require_data()
+    if not run.source.has_weights:
+        real = Run(run.spec, run.tree, run.execution)
+        real.__dict__.update(source=open_checkpoint(item.spec.model, data_dir=item.execution.data_dir), task=run.task)
+        return real
     return run
 
 

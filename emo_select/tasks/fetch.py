@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from emo_select.checkpoint.sources import HUB_FILES, MODELS, split_revision
 from emo_select.errors import DataMissingError, UsageError
 from emo_select.progress import track
 from emo_select.tasks.base import Task
@@ -20,7 +21,6 @@ from emo_select.tasks.registry import get_tasks
 from emo_select.tasks.sources import HubRows
 from emo_select.tree import require_space
 
-MODELS = "models"  # sub-folder of models
 PARTIAL = ".partial"  # where downloads grow before they are moved
 
 
@@ -50,7 +50,7 @@ class Plan:
         """How the folder is given to the other commands."""
         yield f"done; use it with --data-dir {self.folder}"
         for model in self.models:
-            yield f"and with --model {self.folder / MODELS / model}"
+            yield f"there, --model {model} is found under this name"
 
 
 def megabytes(size: int) -> str:
@@ -96,12 +96,11 @@ def model_files(model: str) -> list[HubFile]:
         raise UsageError(f"The model {model} is on this machine already; --model takes a Hub id here.")
     from huggingface_hub import HfApi
 
-    from emo_select.checkpoint.sources import HUB_FILES
-
-    with hub_clauses(model):
-        info = HfApi().model_info(model, files_metadata=True)
+    name, revision = split_revision(model)
+    with hub_clauses(name):
+        info = HfApi().model_info(name, revision=revision, files_metadata=True)
     return [
-        HubFile(model, info.sha or "main", sibling.rfilename, sibling.size or 0,
+        HubFile(name, info.sha or "main", sibling.rfilename, sibling.size or 0,
                 f"{MODELS}/{model}/{sibling.rfilename}", "model")
         for sibling in info.siblings or ()
         if any(fnmatch(sibling.rfilename, pattern) for pattern in HUB_FILES)

@@ -15,11 +15,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from emo_select.checkpoint.sources import DATA_DIR_VARIABLE
 from emo_select.errors import DataMissingError, TaskError
 from emo_select.tasks.base import Row
 from emo_select.textfile import read_json, read_json_lines, read_table, require_file
 
-DATA_DIR_VARIABLE = "EMO_SELECT_DATA_DIR"
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 
 

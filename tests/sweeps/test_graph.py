@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from emo_select.errors import SpecError, UnknownNameError
+from emo_select.errors import KeepKError, SpecError, UnknownNameError
 from emo_select.spec import RunSpec, checked
 from emo_select.sweeps.graph import build
 from emo_select.sweeps.spec import SweepRun, SweepSpec, expand_sweep, read_sweep
@@ -123,3 +123,35 @@ def test_exclude_and_overrides_match_by_pattern():
                     overrides=[{"match": {"task": "demo_museum"}, "settings": {"training": {"epochs": 3}}}])
     assert all(run.spec.keep_k == 2 for run in runs if "r" in run.spec.task.removeprefix("demo"))
     assert {run.spec.task for run in runs if run.spec.training.epochs == 3} == {"demo_museum"}
+
+
+def test_a_sweep_file_takes_what_the_command_line_takes():
+    runs = expanded(models="demo/emo,demo/stdmoe", tasks="demo_harbor", keep_k=["full", "50%", 4], methods="layerwise",
+                    settings={"training": {"learning_rate": 0.001}})
+    assert [(run.spec.keep_k, run.keeps_all) for run in runs[:3]] == [(32, True), (16, False), (4, False)]
+    assert len(runs) == 6
+    assert runs[0].spec.training.learning_rate == "0.001"
+    assert [run.spec.keep_k for run in expanded(models="demo/emo", keep_k="25%")] == [8]
+    assert [run.spec.keep_k for run in expanded(models=[{"id": "a/b", "experts": 64}], keep_k=["25%"])] == [16]
+    with pytest.raises(KeepKError, match=r"12\.5%"):
+        expanded(keep_k="12,5%")
+    with pytest.raises(KeepKError, match="how many experts a/b has"):
+        expanded(keep_k=["50%"])
+
+
+def test_an_exclude_may_name_a_share():
+    runs = expanded(models=["demo/emo"], keep_k=["full", "50%"], exclude=[{"keep_k": "full"}])
+    assert [run.spec.keep_k for run in runs] == [16]
+
+
+def test_rules_that_concern_no_run_are_said(capsys):
+    expanded(exclude=[{"keep_k": 2}, {"method": "randon"}], overrides=[{"match": {"task": "demo_harbour"}}])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the exclude method: randon concerns no run" in said
+    assert "the override task: demo_harbour concerns no run" in said
+    assert "keep_k: 2" not in said
+
+
+def test_a_sweep_without_runs_is_refused():
+    with pytest.raises(SpecError, match="has no runs"):
+        expanded(exclude=[{"keep_k": [2, 4]}])

@@ -282,7 +282,7 @@ def test_the_disk_must_hold_what_stays_and_what_is_at_work(make_sweep, monkeypat
     control = make_sweep(methods=["random"], keep_k=[8, 16])
     units = [unit for unit in control.units if unit.kind == "run"]
     sizes = [estimate.Estimator(control.bench).pruned_bytes(unit.runs[0]) for unit in units]
-    assert 0 < sizes[0] < sizes[1] < control.bench.model("demo/emo").total_bytes
+    assert 0 < sizes[0] < sizes[1] < control.bench.model("demo/emo", None).total_bytes
     need = {keep: estimate.disk_need(control.bench, units, keep, 1) for keep in ("none", "last", "all")}
     assert need == {"none": 5 * sizes[1], "last": sum(sizes) + 4 * sizes[1], "all": 2 * sum(sizes) + 3 * sizes[1]}
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
@@ -302,7 +302,7 @@ def test_a_plan_counts_shared_work_once(tmp_path):
     shared, alone = found["cost"], found["cost_without_sharing"]
     # 4 groups of 2 keep-k: layerwise passes stay 8 (each keep-k sees its own pruned layers), one-pass ones halve
     assert shared["selection_tokens"] * 4 == pytest.approx(alone["selection_tokens"] * 3, rel=1e-3)
-    size = sum(Control(Tree(tmp_path), _submission()).bench.model(name).total_bytes for name in (
+    size = sum(Control(Tree(tmp_path), _submission()).bench.model(name, None).total_bytes for name in (
         "demo/emo", "demo/stdmoe"))
     assert alone["bytes_read"] - shared["bytes_read"] == (8 - 4) * size
     assert shared["training_tokens"] == alone["training_tokens"] and shared["unknown"] == 0
@@ -319,7 +319,7 @@ def test_keeping_all_experts_costs_once_for_all_methods(make_sweep):
 
 
 def test_a_plan_of_absent_models_says_so_and_downloads_nothing(make_sweep):
-    control = make_sweep(models=["allenai/Emo_1b14b_1T"], keep_k=[8, 16])
+    control = make_sweep(models=["some/absent"], keep_k=[8, 16])
     estimator = estimate.Estimator(control.bench)
     assert estimator.shared(control.units) == estimate.Cost(unknown=2)
     assert "not on this machine" in control.bench.problems[control.runs[0]]
