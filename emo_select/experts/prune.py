@@ -166,7 +166,8 @@ def pruned_config(config: Mapping[str, Any], family: Family, keep_set: KeepSet, 
     """config.json of the pruned checkpoint: every key that counts experts agrees, the rest stays as it is.
 
     `num_experts` and its twins are the smallest number that a layer keeps; layers that differ are in the per-layer
-    lists. Routed load balancing is switched on for later finetuning, as published.
+    lists. Whether the model returns router logits is its source's choice, except where published checkpoints ask for them
+    (`Family.pruned_config`): finetuning switches load balancing on by itself.
     """
     kept = [len(experts or ()) for experts in keep_set.experts]
     smallest = min(count for count in kept if count)
@@ -182,7 +183,7 @@ def pruned_config(config: Mapping[str, Any], family: Family, keep_set: KeepSet, 
         new[family.extra_layers_key] = 0
     if dtype:
         new["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[dtype][1]
-    return new | {"output_router_logits": True}
+    return {**new, **family.pruned_config}
 
 
 def _pruned_shared(config: Mapping[str, Any], family: Family, keep_set: KeepSet, *, per_layer: bool) -> dict[str, Any]:

@@ -128,6 +128,8 @@ def _prepared_model(job: Job, config: dict[str, Any]) -> tuple[Any, list[FrozenP
         str(job.model), dtype=precision.weights, trust_remote_code=job.execution.trust_remote_code
     )
     model.config.use_cache = False
+    if is_moe(config):  # load balancing is part of the recipe, whatever the checkpoint returns to other users
+        model.config.get_text_config().output_router_logits = True
     if precision.autocast and is_moe(config):
         cast_experts(model, family_of(config).experts_module)
     adapters = job.training.lora

@@ -323,7 +323,7 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
         ce_loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         aux_loss = None
         if output_router_logits:
-            mask = attention_mask if labels is None else labels != -100
+            mask = _counted_tokens(labels, attention_mask, outputs.last_hidden_state.shape[1])
             aux_loss = load_balancing_loss(self.config, outputs.router_logits, mask, kwargs.get("num_items_in_batch"))
         return EmoCausalLMOutput(
             loss=self._total_loss(ce_loss, aux_loss),
@@ -340,6 +340,15 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
         if ce_loss is None or aux_loss is None:
             return ce_loss
         return ce_loss + self.config.router_aux_loss_coef * aux_loss.to(ce_loss.device)
+
+
+def _counted_tokens(labels: Tensor | None, attention_mask: Any, length: int) -> Tensor | None:
+    """The tokens (B, S) that the load-balancing loss counts: with labels, else the S new ones of a padding mask that
+    covers a cache too. A mask of another form (by query, by kind of layer) does not say."""
+    if labels is not None:
+        return labels != -100
+    plain = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+    return attention_mask[:, -length:] if plain else None
 
 
 class FlexOlmoNoQKNormPrenormModel(EmoModel):

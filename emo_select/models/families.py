@@ -89,6 +89,7 @@ class Family:
     scoring: Scoring = "softmax"
     groups: bool = False  # config n_group/topk_group limit routing to some groups of experts
     per_layer_keys: bool = False  # the config can give each layer its own count
+    pruned_config: Mapping[str, Any] = field(default_factory=dict)  # what published pruned checkpoints set besides
     extra_layers_key: str | None = None  # counts prediction layers behind the decoder, which pruning leaves out
 
     @cached_property
@@ -184,7 +185,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("emo", "EmoDecoderLayer", _swiglu("mlp.experts"), ("mlp.gate.weight",), _listed,
            defaults={"num_experts": 7, "num_experts_per_tok": 5, "num_shared_experts": 0, "num_hidden_layers": 32,
                      "hidden_size": 4096},
-           aliases=("flex_olmo_noqknorm_prenorm",), listed_shared=True, per_layer_keys=True),
+           aliases=("flex_olmo_noqknorm_prenorm",), listed_shared=True, per_layer_keys=True,
+           pruned_config={"output_router_logits": True}),
     Family("olmoe", "OlmoeDecoderLayer", _swiglu("mlp.experts"), ("mlp.gate.weight",), _uniform,
            defaults={"num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16, "hidden_size": 2048}),
     Family("flex_olmo", "FlexOlmoDecoderLayer", _swiglu("mlp.experts"), ("mlp.gate.weight",), _uniform,

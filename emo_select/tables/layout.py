@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -33,7 +33,10 @@ class MethodLabel(Frozen):
     """How one selection method is shown."""
 
     short: str
-    label: str
+    label: str | None = None
+    """In plots, the report and tables of found rows; by default the method's own name."""
+    published: str | None = None
+    """In the published calibration table, which has rows for these methods."""
 
 
 class Group(Frozen):
@@ -82,9 +85,15 @@ class Layout(Frozen):
         added = {folder: ModelLabel(label=name) for folder, name in sorted(models.items()) if folder not in self.models}
         return self.model_copy(update={"models": {**self.models, **added}})
 
+    def leading_with(self, models: Sequence[str]) -> Layout:
+        """The same labels, with these model folders first, in this order."""
+        first = {name: self.models.get(name) or ModelLabel() for name in models}
+        return self.model_copy(update={"models": {**first, **self.models}})
+
     def method(self, name: str) -> MethodLabel:
-        """Labels of a method, else its name."""
-        return self.methods.get(name) or MethodLabel(short=name, label=name)
+        """Labels of a method, its name where it has none."""
+        found = self.methods.get(name) or MethodLabel(short=name)
+        return found if found.label else found.model_copy(update={"label": name})
 
     def group(self, name: str) -> str:
         """Label of a group."""
@@ -104,10 +113,17 @@ class Layout(Frozen):
         found = self.groups.get(self.group_of(task))
         return found is None or task not in found.left_out
 
+    def members(self, group: str, found: Iterable[str]) -> list[str]:
+        """The tasks that a group's average stands for: those it lists, found or not, and found ones by pattern."""
+        listed = self.groups[group].tasks if group in self.groups else ()
+        names = [task for task in listed if not any(sign in task for sign in "*?[")]
+        here = [task for task in found if self.group_of(task) == group]
+        return [task for task in self.grouped([*names, *here]).get(group, []) if self.averaged(task)]
+
     def grouped(self, tasks: Iterable[str]) -> dict[str, list[str]]:
         """Tasks by group, groups and tasks in the order of the file, unknown ones last and sorted."""
         by_group: dict[str, list[str]] = {}
-        for task in tasks:
+        for task in dict.fromkeys(tasks):
             by_group.setdefault(self.group_of(task), []).append(task)
         return {name: sorted(by_group[name], key=lambda task: self._task_order(name, task))
                 for name in self.ordered(by_group, self.groups)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from emo_select.tables.layout import Layout
-from emo_select.tables.pool import Filters, pool
+from emo_select.tables.pool import Filters, plain_mean, pool
 from emo_select.tables.read import Problem, Records, Run, Setting
 from emo_select.tables.write import NAN, Cell, Table
 
@@ -36,7 +36,7 @@ def main_tables(
 
     `published` fixes the rows to the published models and keep-k and reads only runs of the published recipe; else
     every run has a row. A task column that is empty for all rows is left out, of the averages too; an average with an
-    empty cell is empty.
+    empty cell is empty. A table without a value is none.
     """
     filters = filters.resolved(records, layout)
     runs = filters.apply(records, layout).runs
@@ -45,12 +45,13 @@ def main_tables(
     tables: list[Table] = []
     problems: dict[Problem, None] = {}
     for metric in metrics or layout.published.metrics:
-        values = {(_row(s), task, s.method): e.value for (s, task), e in pool(runs, checkpoint, metric).items()}
+        pooled = pool(runs, checkpoint, metric, as_written=published)
+        values = {(_row(s), task, s.method): e.value for (s, task), e in pooled.items()}
         columns = _Columns(rows, values, layout, problems)
         made = [(group, *columns.group(group, tasks)) for group, tasks in _grouped(values, rows, layout).items()]
-        tables += [Table(f"{metric}/{group}", *_joined(rows, averages + cells)) for group, averages, cells in made]
-        every = [column for _, averages, _ in made for column in averages]
-        tables += [Table(f"{metric}/aggregate", *_joined(rows, every))] if every else []
+        parts = [(group, averages + cells) for group, averages, cells in made]
+        parts.append(("aggregate", [column for _, averages, _ in made for column in averages]))
+        tables += [Table(f"{metric}/{name}", *_joined(rows, part)) for name, part in parts if _has_value(part)]
     return tables, list(problems)
 
 
@@ -124,6 +125,10 @@ def _grouped(values: Values, rows: Sequence[Row], layout: Layout) -> dict[str, l
 Column = tuple[str, list[float]]
 
 
+def _has_value(columns: Sequence[Column]) -> bool:
+    return any(value == value for _, column in columns for value in column)
+
+
 def _joined(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[list[str], list[list[Cell]]]:
     cells: list[list[Cell]] = [[row.label, *(column[i] for _, column in columns)] for i, row in enumerate(rows)]
     return ["model", *(name for name, _ in columns)], cells
@@ -162,7 +167,7 @@ class _Columns:
         means = []
         for i, row in enumerate(self.rows):
             missing = [task for task, column in columns.items() if column[i] != column[i]]
-            means.append(NAN if missing else sum(c[i] for c in columns.values()) / len(columns))
+            means.append(NAN if missing else plain_mean([column[i] for column in columns.values()]))
             if missing and len(missing) < len(columns):
                 text = f"{name} is empty: {len(missing)} of {len(columns)} tasks are missing ({', '.join(missing)})."
                 self.problems[Problem("incomplete", row.label, text)] = None

@@ -30,6 +30,7 @@ def make(
     and last the main and calibration tables read. A metric that no run has is an `UnknownNameError`.
     """
     layout = layout.naming(records.models)
+    layout = layout.leading_with(filters.resolved(records, layout).models)
     known = {name for run in records.runs for result in run.results.values() if result for name in result.metrics}
     for metric in metrics:
         if metric not in known:
@@ -64,9 +65,9 @@ def _per_checkpoint(kind: str, records: Records, layout: Layout, filters: Filter
                                           published=published, filters=filters)
             folder = main.FOLDERS[checkpoint]
         else:
-            one, met = calibration.calibration_table(records, layout, checkpoint=checkpoint, published=published,
-                                                     filters=filters)
-            found, folder = [one], calibration.FOLDERS[checkpoint]
+            found, met = calibration.calibration_table(records, layout, checkpoint=checkpoint, published=published,
+                                                       filters=filters)
+            folder = calibration.FOLDERS[checkpoint]
         tables += [replace(table, name=f"{folder}/{table.name}") for table in found]
         problems += met
     return tables, problems

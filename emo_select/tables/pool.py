@@ -6,6 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from statistics import fmean, variance
 from typing import Literal
 
@@ -30,7 +32,10 @@ class Filters:
     def apply(self, records: Records, layout: Layout) -> Records:
         """Keep the runs that match; a name that nothing in the tree has is an `UnknownNameError`."""
         chosen = self.resolved(records, layout)
-        return replace(records, runs=[run for run in records.runs if chosen._passes(run, layout)])
+        beside = replace(chosen, methods=(), keep_ks=())
+        runs = [run for run in records.runs if beside._passes(run, layout)]
+        shown = [run for run in runs if chosen._passes(run, layout)]
+        return replace(records, runs=shown, context=runs)
 
     def resolved(self, records: Records, layout: Layout) -> Filters:
         """The same filters with every model as its folder name and every name checked."""
@@ -78,11 +83,14 @@ class Estimate:
     seeds: int = 1
 
 
-def estimate(result: Result, metric: str) -> Estimate | None:
-    """A metric of one checkpoint; its error as recorded, else binomial for a share of documents."""
-    if metric not in result.metrics:
+def estimate(result: Result, metric: str, *, as_written: bool = False) -> Estimate | None:
+    """A metric of one checkpoint; its error as recorded, else binomial for a share of documents.
+
+    A value that is not finite is none, except `as_written`: the published tables count NaN as a value.
+    """
+    value = result.metrics.get(metric)
+    if value is None or not (as_written or math.isfinite(value)):
         return None
-    value = result.metrics[metric]
     return Estimate(value, _error(result, metric, value))
 
 
@@ -95,12 +103,13 @@ def _error(result: Result, metric: str, value: float) -> float | None:
     return math.sqrt(value * (1 - value) / (result.count - 1))
 
 
-def pool(runs: Iterable[Run], stage: Stage, metric: str) -> dict[tuple[Setting, str], Estimate]:
-    """(setting, task) -> the mean over seeds. Runs without this metric are left out."""
+def pool(runs: Iterable[Run], stage: Stage, metric: str, *, as_written: bool = False
+         ) -> dict[tuple[Setting, str], Estimate]:
+    """(setting, task) -> the mean over seeds. Runs without this metric are left out; `as_written`: see `estimate`."""
     found: dict[tuple[Setting, str], list[Estimate]] = defaultdict(list)
     for run in runs:
         result: Result | None = getattr(run, stage)
-        value = estimate(result, metric) if result else None
+        value = estimate(result, metric, as_written=as_written) if result else None
         if value is not None:
             found[run.setting, run.task].append(value)
     return {key: over_seeds(values) for key, values in found.items()}
@@ -111,11 +120,16 @@ def over_seeds(values: Sequence[Estimate]) -> Estimate:
     what the draw of the seed adds (variance between seeds / seeds) is added to it."""
     if len(values) == 1:
         return values[0]
-    mean = fmean(value.value for value in values)
+    mean = plain_mean([value.value for value in values])
     between = variance([value.value for value in values]) / len(values)
     errors = [value.error for value in values if value.error is not None]
     sampling = fmean(error**2 for error in errors) if len(errors) == len(values) else 0.0
     return Estimate(mean, math.sqrt(sampling + between), len(values))
+
+
+def plain_mean(values: Sequence[float]) -> float:
+    """The mean from a sum in order, rounded after each addition: what the published tables round to four decimals."""
+    return reduce(add, values) / len(values)
 
 
 def over_tasks(values: Sequence[Estimate]) -> Estimate:

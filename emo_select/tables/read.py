@@ -7,6 +7,7 @@ file, so that a hole in a table always has a reason. Metrics are numbers as writ
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -149,6 +150,14 @@ class Records:
     root: Path
     runs: list[Run]
     problems: list[Problem]
+    context: list[Run] = field(default_factory=list)
+    """Once filtered: the runs of the same models and tasks whatever their keep-k and method, among them the full
+    models that the runs are measured against."""
+
+    @property
+    def beside(self) -> list[Run]:
+        """The runs to look for full models in."""
+        return self.context or self.runs
 
     @property
     def models(self) -> dict[str, str]:
@@ -351,4 +360,7 @@ def _numbers(values: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
             numbers[name] = float(value)
         except (TypeError, ValueError):
             notes.append(f"{name} is {json.dumps(value)}, not a number.")
+            continue
+        if not math.isfinite(numbers[name]):
+            notes.append(f"{name} is {json.dumps(numbers[name])}: it has no value.")
     return numbers, notes

@@ -1,6 +1,7 @@
 """Trainings equal to the published code's: data order, losses, gradient norms, updates, freeze modes."""
 
 import json
+import shutil
 
 import pytest
 from finetune_cases import CASES, CPU, GOLDEN, golden_tokens, golden_training
@@ -46,6 +47,18 @@ def test_losses_and_gradient_norms(case, checkpointing, tmp_path, capsys):
             assert ours["ce_loss"] + 0.01 * ours["lb_loss"] == pytest.approx(theirs["loss"], abs=1e-4)
     assert report.checkpoints == list(range(0, 17, 2))
     require_golden_updates(case, tmp_path / "out")
+
+
+def test_load_balancing_is_on_whatever_the_checkpoint_returns_and_its_config_stays(tmp_path):
+    source = tmp_path / "model"
+    shutil.copytree(GOLDEN / "moe_shared1_k8" / "model", source)
+    config = json.loads((source / "config.json").read_text()) | {"output_router_logits": False}
+    (source / "config.json").write_text(json.dumps(config))
+    training = golden_training("moe_shared1_k8", epochs=0.25)
+    report = finetune_tokens(source, golden_tokens("moe_shared1_k8"), tmp_path / "out", training, CPU, pad_token=1)
+    steps = recorded("moe_shared1_k8")["runs"]["gradient_checkpointing_off"]
+    assert report.history[0]["loss"] == pytest.approx(steps[0]["loss"], abs=1e-4) and report.history[0]["lb_loss"] > 0
+    assert json.loads((tmp_path / "out" / "checkpoint-2" / "config.json").read_text()) == config
 
 
 @pytest.mark.parametrize("mode", ["routed", "routed_shared", "routed_shared_router"])

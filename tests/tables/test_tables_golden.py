@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -15,6 +18,7 @@ from emo_select.errors import UnknownNameError
 from emo_select.tables import Filters, Records, load_layout, load_tree, make, write_tables
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tables"
+PARTIAL = json.loads((GOLDEN / "partial.json").read_text())  # by the published scripts, on parts of the main case
 STYLES = {"csv": "csv", "tsv": "tsv", "markdown": "md"}
 
 
@@ -29,6 +33,10 @@ def expected_files(case: str, style: str, tmp_path: Path) -> dict[str, bytes]:
 
 def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def digests(files: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(data).hexdigest()[:16] for name, data in files.items()}
 
 
 @cache
@@ -92,6 +100,46 @@ def test_options_equal_the_published_files(golden_trees: dict[str, Path], number
     assert ours == theirs
 
 
+def keeps(rule: dict[str, Any], directory: str) -> bool:
+    """Whether a run is part of a partial tree; `share` is a seed and a percentage."""
+    model, run = directory.split("/")
+    seed, percent = rule.get("share", (0, 100))
+    draw = int(hashlib.sha256(f"{seed}:{directory}".encode()).hexdigest()[:8], 16) % 100
+    return (
+        draw < percent and model in rule.get("models", [model]) and run.startswith(tuple(rule.get("with", [""])))
+        and not run.startswith(tuple(rule.get("without", ["/"]))) and any(p in run for p in rule.get("parts", [""]))
+        and not any(part in run for part in rule.get("without_parts", []))
+        and not any(model == m and run.startswith(task) for m, task in rule.get("without_pairs", []))
+    )
+
+
+@pytest.mark.parametrize("name", PARTIAL["trees"])
+def test_partial_trees_equal_the_published_files(golden_trees: dict[str, Path], name: str, tmp_path: Path) -> None:
+    """Tasks, models, methods or a share of the runs left out: what is missing must be missing in the same cells."""
+    case = PARTIAL["trees"][name]
+    full = records(golden_trees["main"])
+    part = replace(full, runs=[run for run in full.runs if keeps(case["keep"], run.directory)])
+    for style, suffix in STYLES.items():
+        if not any(file.endswith(suffix) for file in case["files"]):
+            continue
+        for kind in ("main", "calibration"):
+            tables, _ = make(kind, part, load_layout(), checkpoints=("last", "first"))
+            write_tables(tables, tmp_path, style)
+    assert digests(contents(tmp_path)) == case["files"]
+
+
+@pytest.mark.parametrize("name", PARTIAL["options"])
+def test_models_have_rows_in_the_order_asked(golden_trees: dict[str, Path], name: str, tmp_path: Path) -> None:
+    case = PARTIAL["options"][name]
+    option = dict(zip(case["args"][::2], case["args"][1::2], strict=True))
+    filters = Filters(models=tuple(option["--models"].split(",")),
+                      tasks=tuple(filter(None, option.get("--tasks", "").split(","))))
+    tables, _ = make("main", records(golden_trees["main"]), load_layout(), filters=filters,
+                     checkpoints=("last", "first"))
+    write_tables(tables, tmp_path, "csv")
+    assert digests(contents(tmp_path)) == case["files"]
+
+
 @pytest.mark.parametrize("filters", [Filters(models=("nobody",)), Filters(tasks=("not_a_task",))])
 def test_an_unknown_name_is_an_error_where_the_published_script_wrote_nothing(
     golden_trees: dict[str, Path], filters: Filters
@@ -103,7 +151,7 @@ def test_an_unknown_name_is_an_error_where_the_published_script_wrote_nothing(
 def test_every_odd_file_of_the_golden_tree_is_named(golden_trees: dict[str, Path]) -> None:
     """Odd entries that lose a value must be problems; those that only look odd must not."""
     harmless = {
-        "NaN, integer values", "checkpoint-final is ignored", "file named checkpoint-9999", "checkpoints 9, 20, 100 "
+        "checkpoint-final is ignored", "file named checkpoint-9999", "checkpoints 9, 20, 100 "
         "(numeric order)", "two metrics files: alphabetically first wins", "verbose-metrics file next to it",
         "per_subject folder and metrics.json next to it", "no checkpoint-0: lowest one is used as first",
     }
