@@ -166,8 +166,8 @@ def pruned_config(config: Mapping[str, Any], family: Family, keep_set: KeepSet, 
     """config.json of the pruned checkpoint: every key that counts experts agrees, the rest stays as it is.
 
     `num_experts` and its twins are the smallest number that a layer keeps; layers that differ are in the per-layer
-    lists. Whether the model returns router logits is its source's choice, except where published checkpoints ask for them
-    (`Family.pruned_config`): finetuning switches load balancing on by itself.
+    lists. Whether the model returns router logits stays its source's choice, except where published checkpoints ask
+    for them (`Family.pruned_config`): finetuning switches load balancing on by itself.
     """
     kept = [len(experts or ()) for experts in keep_set.experts]
     smallest = min(count for count in kept if count)
