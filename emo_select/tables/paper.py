@@ -104,9 +104,10 @@ def from_records(records: Records, filters: Filters = Filters()) -> PaperSource:
     for checkpoint in CHECKPOINTS:
         tables, _ = main.main_tables(records, layout, checkpoint=checkpoint, metrics=METRICS, published=True,
                                      filters=filters)
-        one, _ = calibration.calibration_table(records, layout, checkpoint=checkpoint, published=True, filters=filters)
+        sizes, _ = calibration.calibration_table(records, layout, checkpoint=checkpoint, published=True,
+                                                 filters=filters)
         texts |= {f"{main.FOLDERS[checkpoint]}/{table.name}": render(table, "csv") for table in tables}
-        texts[f"{calibration.FOLDERS[checkpoint]}/{one.name}"] = render(one, "csv")
+        texts |= {f"{calibration.FOLDERS[checkpoint]}/{table.name}": render(table, "csv") for table in sizes}
     return _source({name: text for name, text in texts.items() if name in set(_file_names())})
 
 
