@@ -20,7 +20,7 @@ from emo_select.cli import common
 from emo_select.errors import EmoSelectError
 
 # Order of the groups in --help; each module has `register(app)`.
-GROUPS = ("run", "select", "prune", "finetune", "evaluate", "table", "sweep", "tasks", "pretrain", "info")
+GROUPS = ("run", "select", "prune", "finetune", "evaluate", "table", "sweep", "tasks", "pretrain", "convert", "info")
 
 app = typer.Typer(
     name="emo-select",

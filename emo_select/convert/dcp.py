@@ -1,0 +1,221 @@
+"""The weights of a training checkpoint (torch.distributed.checkpoint's files), one tensor at a time.
+
+`.metadata` lists every tensor with its pieces, one per rank or more, each at an offset of a `.distcp` file; a piece is
+an archive as `torch.save` writes it. Pickles are read with an allow list, values as raw bytes with their checksum, and
+what is not asked for (the optimiser's state) is never read.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emo_select.checkpoint.header import SAFETENSORS_DTYPE, tensor_bytes
+from emo_select.convert.pickles import DAMAGED, METADATA, TENSORS, Record, TensorHead, load
+from emo_select.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+METADATA_FILE = ".metadata"
+READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a tensor: where its archive lies, where the part begins in the tensor, and its shape."""
+
+    file: str
+    offset: int
+    length: int
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the checkpoint. `dtype` is torch's name ("float32")."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of its values."""
+        return tensor_bytes(SAFETENSORS_DTYPE[self.dtype], self.shape)
+
+
+class TrainingTensors:
+    """Read-only view of a folder with `.metadata` and `.distcp` files; opening it reads `.metadata` alone.
+
+    Attributes:
+        tensors: name as the trainer saved it (`model.…`, `optim.state.…`) → `StoredTensor`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: Mapping[str, StoredTensor] = _read_metadata(folder / METADATA_FILE)
+
+    def info(self, name: str) -> StoredTensor:
+        """The tensor's entry; CheckpointError if there is none."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder} has no tensor {name}; its config.json does not fit its weights.")
+        return self.tensors[name]
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse tensors whose pieces do not make them up, or whose files are missing or too short.
+
+        Raises:
+            CheckpointError: names the tensor or the file.
+        """
+        sizes: dict[str, int] = {}
+        for name in names:
+            tensor = self.info(name)
+            _check_pieces(name, tensor, self.folder)
+            for piece in tensor.pieces:
+                if piece.file not in sizes:
+                    sizes[piece.file] = self._size(piece.file)
+                if piece.offset + piece.length > sizes[piece.file]:
+                    raise CheckpointError(f"{self.folder / piece.file} is truncated: {name} lies behind its end; copy "
+                                          "it again.")
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor on the CPU in its stored dtype, assembled from its pieces.
+
+        Raises:
+            CheckpointError: a piece is damaged, or is not what `.metadata` says.
+        """
+        import torch
+
+        tensor = self.info(name)
+        if len(tensor.pieces) == 1 and tensor.pieces[0].shape == tensor.shape:
+            return self._read_piece(name, tensor, tensor.pieces[0])
+        whole = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype))
+        for piece in tensor.pieces:
+            where = tuple(slice(at, at + size) for at, size in zip(piece.start, piece.shape, strict=True))
+            whole[where] = self._read_piece(name, tensor, piece)
+        return whole
+
+    def _size(self, file: str) -> int:
+        try:
+            return (self.folder / file).stat().st_size
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.folder} lacks {file}, which .metadata names; copy it there.") from None
+
+    def _read_piece(self, name: str, tensor: StoredTensor, piece: Piece) -> torch.Tensor:
+        where = f"{name} in {self.folder / piece.file}"
+        try:
+            with (self.folder / piece.file).open("rb") as file:
+                view = io.BufferedReader(_Slice(file.fileno(), piece.offset, piece.length), READ_BYTES)
+                with zipfile.ZipFile(view) as archive:
+                    return _read_archive(archive, tensor.dtype, piece.shape, where)
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.folder} lacks {piece.file}, which .metadata names; copy it there.") from None
+        except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, *DAMAGED):
+            raise CheckpointError(f"{where} is damaged; copy or download that file again.") from None
+
+
+class _Slice(io.RawIOBase):
+    """A stretch of a file, read as if it were a file of its own."""
+
+    def __init__(self, descriptor: int, offset: int, length: int) -> None:
+        self._descriptor, self._offset, self._length, self._at = descriptor, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise ValueError("a position before the start")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        room = memoryview(buffer)[:max(0, self._length - self._at)]
+        count = os.preadv(self._descriptor, [room], self._offset + self._at) if len(room) else 0
+        self._at += count
+        return count
+
+
+def _read_archive(archive: zipfile.ZipFile, dtype: str, shape: tuple[int, ...], where: str) -> torch.Tensor:
+    """The one tensor of an archive of `torch.save`; its bytes must have the checksum that stands beside them."""
+    import torch
+
+    entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
+    head = load(archive.read(entries["data.pkl"]), TENSORS, where)
+    if not isinstance(head, TensorHead) or (head.dtype, head.shape) != (dtype, shape):
+        raise ValueError("another tensor than .metadata says")
+    if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
+        raise CheckpointError(f"{where} was written on a big-endian machine, which this version cannot read.")
+    values = torch.empty(head.elements, dtype=getattr(torch, dtype))
+    _fill(archive, entries[f"data/{head.key}"], values.view(torch.uint8).numpy().data)
+    return values.as_strided(shape, head.stride, head.offset)
+
+
+def _fill(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, buffer: memoryview) -> None:
+    if entry.file_size != len(buffer):
+        raise ValueError("another size than its head says")
+    if entry.CRC == 0:
+        del entry.CRC  # torch was told to compute no checksums
+    with archive.open(entry) as file:
+        at = 0
+        while piece := file.read(READ_BYTES):
+            buffer[at:at + len(piece)] = piece
+            at += len(piece)
+
+
+def _read_metadata(path: Path) -> dict[str, StoredTensor]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}, so it holds no checkpoint of a training, or an "
+                              "unfinished one.") from None
+    contents = load(data, METADATA, str(path))
+    try:
+        return _tensors(contents)
+    except DAMAGED:
+        raise CheckpointError(f"{path} is not laid out as torch.distributed.checkpoint does it.") from None
+
+
+def _tensors(contents: Record) -> dict[str, StoredTensor]:
+    places: dict[str, list[Piece]] = {}
+    described = {name: entry for name, entry in contents.get("state_dict_metadata").items()
+                 if isinstance(entry.get("size"), tuple)}
+    for index, place in contents.get("storage_data").items():
+        if (name := index.get("fqn")) in described:
+            places.setdefault(name, []).append(_piece(described[name], index, place))
+    return {name: StoredTensor(entry.get("properties").state[0], entry.get("size"), tuple(places.get(name, ())))
+            for name, entry in described.items()}
+
+
+def _piece(tensor: Record, index: Record, place: Record) -> Piece:
+    start = tuple(index.get("offset") or (0,) * len(tensor.get("size")))
+    shapes = {tuple(chunk.get("offsets")): tuple(chunk.get("sizes")) for chunk in tensor.get("chunks")}
+    file = place.get("relative_path")
+    if file != Path(file).name or place.get("transform_descriptors"):
+        raise ValueError("a part outside the folder, or a packed one")
+    return Piece(file, int(place.get("offset")), int(place.get("length")), start, shapes[start])
+
+
+def _check_pieces(name: str, tensor: StoredTensor, folder: Path) -> None:
+    """Pieces that lie inside, overlap nowhere and have together as many values as the tensor are the tensor."""
+    inside = all(at >= 0 and at + size <= whole for piece in tensor.pieces
+                 for at, size, whole in zip(piece.start, piece.shape, tensor.shape, strict=True))
+    values = sum(math.prod(piece.shape) for piece in tensor.pieces)
+    distinct = len({piece.start for piece in tensor.pieces}) == len(tensor.pieces)
+    if not (inside and distinct and values == math.prod(tensor.shape)):
+        raise CheckpointError(f"{folder / METADATA_FILE} describes {name} by pieces that do not make it up; parts of "
+                              "the checkpoint are missing.")
+    if tensor.dtype not in SAFETENSORS_DTYPE:
+        raise CheckpointError(f"{name} in {folder} is stored as {tensor.dtype}, which this version cannot read.")
