@@ -61,6 +61,10 @@ class DiskSpaceError(UsageError):
     """The output would not fit on its disk."""
 
 
+class StorageError(EmoSelectError):
+    """The disk, or what lies on it, failed during work; what was finished is kept."""
+
+
 class LockedError(UsageError):
     """Another process is working on the same run directory."""
 

@@ -58,6 +58,11 @@ def say(message: str) -> None:
         _state.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
+def complain(message: str) -> None:
+    """Print an error to stderr, whether quiet or not: errors are never hidden."""
+    _state.console.print(message, style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
 def say_once(message: str) -> None:
     """`say`, unless this process has said the same before."""
     if message not in _state.said:

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from emo_select import textfile
-from emo_select.errors import CheckpointError, DiskSpaceError, LockedError, SpecError, TextError
+from emo_select.errors import CheckpointError, DiskSpaceError, LockedError, TextError
+from emo_select.faults import at, existing_part, require_writable
 from emo_select.spec import RunSpec, parse_directory_name
 
 DEFAULT_ROOT = "selective_evals_final"
@@ -186,17 +187,8 @@ class Tree:
         return [SweepPaths(file.parent) for file in sorted((self.root / SWEEPS).glob("*/sweep.json"))]
 
     def require_writable(self) -> None:
-        """Raise `SpecError` where the root cannot be created or written."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            probe = self.root / f".writable-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise SpecError(
-                f"Cannot write to the output directory {self.root} ({error.strerror}); "
-                f"choose another with --output-dir or {ROOT_VARIABLE}."
-            ) from None
+        """Raise `SpecError` where the root could not be created or written."""
+        require_writable(self.root, f"--output-dir or {ROOT_VARIABLE}")
 
 
 def cache_directory() -> Path:
@@ -218,7 +210,8 @@ def numbered_checkpoints(folder: Path) -> list[int]:
 
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise `DiskSpaceError` unless the disk of `folder` has room for `needed` bytes of `what`."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    require_writable(folder)
+    existing = existing_part(folder)
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise DiskSpaceError(
@@ -232,7 +225,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with at(path), partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

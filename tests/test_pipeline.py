@@ -112,7 +112,7 @@ def test_one_failing_run_does_not_stop_the_others(tmp_path):
     planned = [(good, plan(good, ("select",)))]
     planned.insert(0, (bad, planned[0][1]))
     [(run, error)] = execute_all(planned)
-    assert run is bad and "cannot be read" in str(error)
+    assert run is bad and "not valid JSON" in str(error)
     assert good.paths.selection.exists()
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from emo_select.checkpoint.header import SAFETENSORS_DTYPE, read_header, tensor_bytes, write_header
 from emo_select.checkpoint.reader import INDEX, SINGLE
 from emo_select.errors import CheckpointError
+from emo_select.faults import at as located
 from emo_select.tree import write_json
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ class ShardedWriter:
         shard, at, spec = self._place[name]
         end = at + spec.bytes
         for piece in pieces:
-            _write_all(self._file(shard), piece, at)
+            with located(self._partial(shard)):
+                _write_all(self._file(shard), piece, at)
             at += len(piece)
         if at != end:
             raise CheckpointError(f"{name} needs {spec.bytes} bytes, {spec.bytes + at - end} were written.")
@@ -165,7 +167,8 @@ class ShardedWriter:
 
     def _publish(self, shard: str) -> None:
         descriptor = self._file(shard)
-        os.fsync(descriptor)
+        with located(self._partial(shard)):
+            os.fsync(descriptor)
         os.close(descriptor)
         self._partial(shard).replace(self.directory / shard)
         del self._files[shard], self._pending[shard]

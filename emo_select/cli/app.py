@@ -18,6 +18,7 @@ import typer
 from emo_select import progress
 from emo_select.cli import common
 from emo_select.errors import EmoSelectError
+from emo_select.faults import translated
 
 # Order of the groups in --help; each module has `register(app)`.
 GROUPS = ("run", "select", "prune", "finetune", "evaluate", "table", "sweep", "tasks", "pretrain", "convert", "info")
@@ -73,13 +74,19 @@ def main() -> None:
     gc.set_threshold(50_000)  # imports make objects that stay; looking through them again and again takes a second
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
+    _ask_nothing()
     try:
-        app()
+        with translated():
+            _run_app()
     except EmoSelectError as error:
         if _Shown.traceback:
             traceback.print_exc()
-        progress.console().print(f"Error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        progress.complain(f"Error: {error}")
         raise SystemExit(error.exit_code) from None
+    except MemoryError:
+        progress.complain("Error: The memory of this machine does not suffice; lower --token-budget or "
+                          "--micro-batch-size, or take a larger machine.")
+        raise SystemExit(1) from None
     except _Interrupted as interrupted:
         progress.say("Stopped. What was finished is kept; run the same command again to go on.")
         raise SystemExit(128 + interrupted.signum) from None
@@ -87,6 +94,25 @@ def main() -> None:
         raise SystemExit(141) from None
     finally:
         gc.freeze()  # the process ends: a last look through all that was imported would take a second
+
+
+def _run_app() -> None:
+    """The command, with its output written out before the program may call itself successful."""
+    try:
+        app()
+    except SystemExit as done:
+        if not done.code:
+            sys.stdout.flush()
+        raise
+
+
+def _ask_nothing() -> None:
+    """Nobody is asked anything: a library that wanted to (whether to run code, say) finds no answer on stdin."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files may hold any byte
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

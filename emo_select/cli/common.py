@@ -5,11 +5,23 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from emo_select.faults import require_writable
+
 DATA_DIR_VARIABLE = "EMO_SELECT_DATA_DIR"
+
+
+def writable(param: typer.CallbackParam, value: Path | None) -> Path | None:
+    """Refuse a folder that could not be written, before any work; the option's callback."""
+    if value is not None:
+        require_writable(value, param.opts[0])
+    return value
+
+
 RUN, CALIBRATE, TRAIN, SCORE, MACHINE, OUTPUT = "Run", "Calibration", "Finetuning", "Evaluation", "Machine", "Output"
 
 MODEL_HELP = "Hub id (or ID@REVISION), folder or demo/NAME."

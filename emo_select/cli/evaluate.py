@@ -44,7 +44,8 @@ Precision = Annotated[str, typer.Option("--dtype", help="float32, as published, 
                                         rich_help_panel=MACHINE)]
 TokenBudget = Annotated[int | None, typer.Option("--token-budget", min=1, show_default="from free memory",
                                                  help="New tokens per forward pass.", rich_help_panel=MACHINE)]
-Out = Annotated[Path | None, typer.Option("--out", show_default="<output dir>/<model>/evaluations",
+Out = Annotated[Path | None, typer.Option("--out", callback=common.writable,
+                                          show_default="<output dir>/<model>/evaluations",
                                           help="Folder of the result files.", rich_help_panel=OUTPUT)]
 Force = Annotated[bool, typer.Option("--force", help="Evaluate again what is done.", rich_help_panel=OUTPUT)]
 

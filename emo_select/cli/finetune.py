@@ -21,7 +21,8 @@ Task = Annotated[str | None, typer.Option("--task", "-t", help="Task whose train
                                           rich_help_panel=RUN)]
 NumShots = Annotated[int | None, typer.Option("--num-shots", min=0, show_default="the task's", rich_help_panel=RUN,
                                               help="Few-shot examples before each example.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder of the checkpoints.", rich_help_panel=OUTPUT)]
+Out = Annotated[Path | None, typer.Option("--out", callback=common.writable,
+                                          help="Folder of the checkpoints.", rich_help_panel=OUTPUT)]
 Force = Annotated[bool, typer.Option("--force", help="Replace another model's checkpoints.", rich_help_panel=OUTPUT)]
 MaxLength = Annotated[int, typer.Option("--max-length", min=2, rich_help_panel=TRAIN,
                                         help="Tokens of an example, within the model's context; the rest is cut off.")]
@@ -127,7 +128,8 @@ def merge_back(
     child: Annotated[Path, typer.Argument(help="A run directory (its last checkpoint) or a finetuned checkpoint.")],
     into: Annotated[str, typer.Option("--into", help=f"The model that was pruned: {common.MODEL_HELP}",
                                       rich_help_panel=RUN)],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the merged model.", rich_help_panel=OUTPUT)],
+    out: Annotated[Path, typer.Option("--out", callback=common.writable,
+                                      help="Folder of the merged model.", rich_help_panel=OUTPUT)],
     revision: common.Revision = None,
     data_dir: common.DataDir = None,
     router: Annotated[bool, typer.Option("--router", help="Also the kept experts' router rows.",

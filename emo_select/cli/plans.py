@@ -61,7 +61,7 @@ def summary(planned: Sequence[Planned], total: Cost) -> list[str]:
 def show_failures(failures: Sequence[tuple[Run, Exception]]) -> None:
     """Name every run that failed and why."""
     for run, error in failures:
-        progress.say(f"Failed: {run.spec.model} {run.paths.directory.name}: {error}")
+        progress.complain(f"Failed: {run.spec.model} {run.paths.directory.name}: {error}")
 
 
 def _table(planned: Sequence[Planned]) -> Table:

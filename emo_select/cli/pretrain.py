@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from emo_select.cli.common import MACHINE, OUTPUT, AsJson, emit
+from emo_select.cli.common import MACHINE, OUTPUT, AsJson, emit, writable
 from emo_select.progress import say
 
 Config = Annotated[str, typer.Option("--config", "-c", help="YAML file, or demo/NAME for a shipped one.")]
-OutDir = Annotated[Path | None, typer.Option("--output-dir", "-o", show_default="pretrained/<name>",
+OutDir = Annotated[Path | None, typer.Option("--output-dir", "-o", callback=writable, show_default="pretrained/<name>",
                                              help="Folder of the checkpoint.", rich_help_panel=OUTPUT)]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads; weights repeat to the last bit only "
                                       "with the same number.", rich_help_panel=MACHINE)]

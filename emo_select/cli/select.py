@@ -39,7 +39,8 @@ TokenBudget = Annotated[int | None, typer.Option("--token-budget", min=1, show_d
                                                  help="Tokens per batch.", rich_help_panel=MACHINE)]
 Scratch = Annotated[Path | None, typer.Option("--scratch", show_default="the system's", rich_help_panel=MACHINE,
                                               help="Folder of the scratch file.")]
-Out = Annotated[Path | None, typer.Option("--out", show_default="the run tree", rich_help_panel=OUTPUT,
+Out = Annotated[Path | None, typer.Option("--out", callback=common.writable,
+                                          show_default="the run tree", rich_help_panel=OUTPUT,
                                           help="Folder for the result, outside any run tree.")]
 Plot = Annotated[bool, typer.Option("--plot", help="Draw a heat map beside each result (extra `plots`).",
                                     rich_help_panel=OUTPUT)]
@@ -150,7 +151,8 @@ def inspect(
     paths: Annotated[list[Path], typer.Argument(help="Run directories, selection.json files, or folders above them.")],
     plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw PNGs (extra `plots`).",
                                        rich_help_panel=OUTPUT)] = True,
-    out: Annotated[Path | None, typer.Option("--out", show_default="beside each selection", rich_help_panel=OUTPUT,
+    out: Annotated[Path | None, typer.Option("--out", callback=common.writable,
+                                             show_default="beside each selection", rich_help_panel=OUTPUT,
                                              help="Folder for the pictures.")] = None,
     as_json: common.AsJson = False,
 ) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emo_select import progress
-from emo_select.cli.common import OUTPUT, AsJson, OutputDir, emit
+from emo_select.cli.common import OUTPUT, AsJson, OutputDir, emit, writable
 
 if TYPE_CHECKING:
     from emo_select.tables import Filters, Layout, Problem, Records, Table
@@ -110,7 +110,8 @@ def table(
     rows: Annotated[Rows, typer.Option("--rows", help="For main and calibration: the published rows, those found, or "
                                                       "published where the tree has such models.")] = Rows.auto,
     style: Annotated[Style, typer.Option("--format", help="How to write it.", rich_help_panel=OUTPUT)] = Style.text,
-    to: Annotated[Path | None, typer.Option("--to", help="Write files into this folder instead of stdout.",
+    to: Annotated[Path | None, typer.Option("--to", callback=writable,
+                                            help="Write files into this folder instead of stdout.",
                                             rich_help_panel=OUTPUT)] = None,
     folder: TablesFolder = None,
     published_wins: PublishedWins = False,
@@ -149,7 +150,8 @@ def plot(
                                                                 "anything was finetuned.")] = None,
     formats: Annotated[list[PlotFormat] | None, typer.Option("--format", help="Repeatable; else pdf and png.",
                                                              rich_help_panel=OUTPUT)] = None,
-    to: Annotated[Path, typer.Option("--to", help="Folder to write into.", rich_help_panel=OUTPUT)] = Path("plots"),
+    to: Annotated[Path, typer.Option("--to", callback=writable,
+                                     help="Folder to write into.", rich_help_panel=OUTPUT)] = Path("plots"),
     paper: Annotated[bool, typer.Option("--paper", help="Figures 3, 4, 11, 12, 13 in the paper's colours.")] = False,
     folder: TablesFolder = None,
     published_wins: PublishedWins = False,
@@ -205,7 +207,8 @@ def compare(
     confidence: Annotated[float, typer.Option("--confidence", min=0.5, max=0.999, help="Of the intervals.")] = 0.95,
     flips: Annotated[int, typer.Option("--flips", min=0, help="Documents to list that score differently.")] = 10,
     style: Annotated[Style, typer.Option("--format", help="How to write it.", rich_help_panel=OUTPUT)] = Style.text,
-    to: Annotated[Path | None, typer.Option("--to", help="Write files into this folder, with all flips.",
+    to: Annotated[Path | None, typer.Option("--to", callback=writable,
+                                            help="Write files into this folder, with all flips.",
                                             rich_help_panel=OUTPUT)] = None,
     labels: Labels = None,
     as_json: AsJson = False,

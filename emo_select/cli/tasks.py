@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emo_select.cli.common import AsJson, DataDir, emit, listed
+from emo_select.cli.common import AsJson, DataDir, emit, listed, writable
 from emo_select.cli.common import models as with_revision
 
 if TYPE_CHECKING:
@@ -101,11 +101,11 @@ def _lengths(task: Task, split: str, model: str) -> dict[str, list[int]]:
 
 
 def fetch(
-    to: Annotated[Path, typer.Option("--to", help="Folder to fill; give it as --data-dir later.")],
+    to: Annotated[Path, typer.Option("--to", callback=writable, help="Folder to fill; give it as --data-dir later.")],
     tasks: Annotated[list[str] | None, typer.Option("--task", "-t", help="Task or group (repeatable).")] = None,
     models: Annotated[list[str] | None, typer.Option("--model", "-m", help="Hub id of a model (repeatable).")] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Of the models; the same as ID@REVISION.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask after showing the sizes.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", hidden=True, help="Of no effect: nothing is asked.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be fetched, and stop.")] = False,
 ) -> None:
     """Download data sets and models into a folder, for machines without network. Run it again to go on."""
@@ -116,8 +116,6 @@ def fetch(
         typer.echo(line)
     if dry_run or not plan.missing:
         return
-    if not yes and not typer.confirm("Download?", default=True, err=True):
-        raise typer.Exit(1)
     fetching.carry_out(plan)
     for line in plan.how_to_use():
         typer.echo(line)

@@ -16,6 +16,7 @@ from emo_select.errors import SpecError, UnknownNameError
 from emo_select.evaluate import parallel
 from emo_select.evaluate.options import EvalOptions
 from emo_select.evaluate.run import Evaluator, load_engine
+from emo_select.faults import translated
 from emo_select.spec import METHODS, Calibration, digest
 from emo_select.tasks.base import Task
 from emo_select.tree import write_json
@@ -67,6 +68,7 @@ def evaluate_masked(
         return {task.name: evaluator.evaluate(task, index) for index, task in enumerate(tasks)}
 
 
+@translated()
 def evaluate_keep_set(
     model: str, tasks: Sequence[Task], keep_set: KeepSet, out_dir: Path, options: EvalOptions | None = None
 ) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from emo_select.evaluate import parallel
 from emo_select.evaluate.options import EvalOptions
 from emo_select.evaluate.responses import ResponseStore
 from emo_select.evaluate.results import Heading, Outcome, finished_metrics, write_results
+from emo_select.faults import translated
 from emo_select.models.adapters import adapter_fingerprint, base_and_adapter, merge_adapter
 from emo_select.models.startup import importing
 from emo_select.spec import digest
@@ -30,6 +31,7 @@ Metrics = dict[str, Any]
 NAMED_ROWS = 20  # documents listed by number per kind of problem
 
 
+@translated()
 def evaluate_checkpoint(
     model_dir: str | Path, tasks: Sequence[Task], out_dir: Path, options: EvalOptions | None = None
 ) -> dict[str, Metrics]:
@@ -162,7 +164,7 @@ def load_engine(model: str, options: EvalOptions) -> SharedPrefixLM:
     from emo_select.evaluate.engine import SharedPrefixLM
     from emo_select.models import load_model, load_tokenizer
 
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, trust_remote_code=options.trust_remote_code)
     weights: Any = load_model(base, dtype=options.precision, device=options.device_map or _device(options.device),
                               trust_remote_code=options.trust_remote_code)
     if adapter:

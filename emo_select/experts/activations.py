@@ -15,8 +15,10 @@ from emo_select.experts.resume import Snapshots, shared_stage
 from emo_select.experts.scores import SUMS, LayerSums, Part, Scores
 from emo_select.experts.states import HiddenStates
 from emo_select.experts.stream import Embedded, Shell
+from emo_select.faults import translated
 
 
+@translated()
 def collect_activations(checkpoint: Checkpoint, token_ids: Sequence[Sequence[int]], groups: Sequence[str] | None = None,
                         out_dir: Path | None = None, options: StreamOptions | None = None,
                         record: Mapping[str, Any] | None = None) -> Scores:

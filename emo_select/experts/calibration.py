@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from emo_select import progress
 from emo_select.errors import SpecError, TaskError
+from emo_select.models.chat import render_chat, require_conversation
 from emo_select.spec import Calibration
 from emo_select.textfile import read_json_lines, read_lines, require_file
 
@@ -195,12 +196,8 @@ def _chat(messages: Any, number: int, path: Path, tokenizer: PreTrainedTokenizer
         raise SpecError(f"{path} holds chats; say whether the model thinks in them, with --thinking or --no-thinking.")
     if not getattr(tokenizer, "chat_template", None):
         raise SpecError(f"{path} holds chats, but the model's tokenizer has no chat template; give `text` instead.")
-    try:
-        text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False,
-                                             enable_thinking=thinking)
-    except (TypeError, ValueError, KeyError) as error:
-        raise TaskError(f"Row {number} of {path} is not a chat ({error}).") from None
-    return str(text)
+    where = f"Row {number} of {path}"
+    return render_chat(tokenizer, require_conversation(messages, where), where, enable_thinking=thinking)
 
 
 def _read_lines(path: Path) -> Iterator[Mapping[str, Any]]:

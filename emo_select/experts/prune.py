@@ -29,6 +29,7 @@ from emo_select.experts.keepset import (
     pruning_metadata,
     shared_kept,
 )
+from emo_select.faults import translated
 from emo_select.models.families import (
     COUNT_KEYS,
     FLOATING,
@@ -72,6 +73,7 @@ class PrunePlan:
         return sum(copy.spec.bytes for copy in self.copies)
 
 
+@translated()
 def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dtype: str | None = None,
                      max_shard_size: str | int | None = None, metadata: Mapping[str, Any] | None = None,
                      allow_nonuniform: bool = False) -> None:

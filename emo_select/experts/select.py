@@ -18,6 +18,7 @@ from emo_select.experts.methods import ONE_PASS, select_from_scores, select_rand
 from emo_select.experts.options import StreamOptions
 from emo_select.experts.rules import KeepK, resolve_keep_k
 from emo_select.experts.scores import criterion
+from emo_select.faults import translated
 from emo_select.spec import METHODS, Calibration
 
 
@@ -42,6 +43,7 @@ class Selection:
     calibration: Calibration = field(default_factory=Calibration)
 
 
+@translated()
 def select_experts(model: str, wanted: Selection, *, out_dir: Path | None = None, options: StreamOptions | None = None,
                    data_dir: str | None = None) -> dict[KeepK, KeepSet]:
     """Choose the experts of `model` that the calibration texts use, for every keep-k in one pass.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from emo_select.errors import SpecError
 from emo_select.experts.batches import Batch
+from emo_select.faults import at as located
 from emo_select.tree import require_space
 
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -94,7 +95,7 @@ class HiddenStates(ABC):
 
     def save(self, path: Path) -> int:
         """Write all rows raw to `path`, flushed to disk; bytes written."""
-        with path.open("wb") as file:
+        with located(path), path.open("wb") as file:
             for start, stop in self._pieces():
                 file.write(_raw(self.read_rows(start, stop)))
             file.flush()
@@ -152,6 +153,7 @@ class InFile(HiddenStates):
         folder.mkdir(parents=True, exist_ok=True)
         size = rows * width * dtype.itemsize
         require_space(folder, size, "The scratch file for hidden states")
+        self._folder = folder
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close()
         os.ftruncate(self._file.fileno(), size)
 
@@ -167,9 +169,10 @@ class InFile(HiddenStates):
     def write(self, start: int, values: Tensor) -> None:
         """Replace rows from `start` on."""
         raw, at = _raw(values), self._offset(start)
-        while raw:
-            count = os.pwrite(self._file.fileno(), raw, at)
-            raw, at = raw[count:], at + count
+        with located(self._folder):
+            while raw:
+                count = os.pwrite(self._file.fileno(), raw, at)
+                raw, at = raw[count:], at + count
 
     def close(self) -> None:
         """Give the disk space back."""

@@ -170,7 +170,7 @@ class Skeleton:
         self.family = family_of(self.source)
         self.config = _transformers_config(self.source)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=False)
         self.base: Any = model.model.eval()
         self._classes = [type(layer) for layer in self.base.layers]
         self._built = dict(enumerate(self.base.layers))  # each for the one attention half that will be asked for

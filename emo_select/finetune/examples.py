@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emo_select.errors import ModelError, TaskError, UsageError
+from emo_select.models.chat import render_chat, require_conversation
 from emo_select.textfile import read_json_lines
 
 if TYPE_CHECKING:
@@ -224,12 +225,11 @@ def _chat_text(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) ->
     """A conversation as the tokenizer's template writes it; every assistant turn is trained."""
     if not tokenizer.chat_template:
         raise TaskError(f"{where} has chat messages but the tokenizer has no chat template; use prompt and completion.")
-    if not _is_conversation(messages):
-        raise TaskError(f"{where}: 'messages' must be a list of objects with the texts 'role' and 'content'.")
+    messages = require_conversation(messages, where)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise TaskError(f"{where} has no assistant message to train on.")
-    text = _rendered(tokenizer, messages)
+    text = render_chat(tokenizer, messages, where)
     spans = tuple(_turn_span(tokenizer, messages, index, text, where) for index in turns)
     if any(start < end for (_, end), (start, _) in pairwise(spans)):
         raise TaskError(f"{where}: the chat template writes its turns out of order; use prompt and completion.")
@@ -240,21 +240,8 @@ def _turn_span(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], index: int, text: str, where: str
 ) -> tuple[int, int]:
     """Characters of assistant turn `index`: what the template adds after its opening, up to the turn's end."""
-    opening = _rendered(tokenizer, messages[:index], add_generation_prompt=True)
-    closed = _rendered(tokenizer, messages[: index + 1])
+    opening = render_chat(tokenizer, messages[:index], where, add_generation_prompt=True) if index else ""
+    closed = render_chat(tokenizer, messages[: index + 1], where)
     if not closed.startswith(opening) or not text.startswith(closed):
         raise TaskError(f"{where}: the chat template rewrites earlier turns, so the assistant's cannot be found.")
     return len(opening), len(closed)
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: bool) -> str:
-    if not messages:
-        return ""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-
-
-def _is_conversation(messages: Any) -> bool:
-    return isinstance(messages, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in messages
-    )

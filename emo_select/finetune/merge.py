@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from emo_select.checkpoint import Checkpoint, ShardedWriter, TensorSpec, assign_shards, open_checkpoint
 from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE
 from emo_select.errors import CheckpointError, ModelError, SpecError
+from emo_select.faults import translated
 from emo_select.finetune.freezing import memory_kind, routed_per_layer
 from emo_select.finetune.saving import copy_companions
 from emo_select.models.families import Family, Role, experts_per_layer, family_of
@@ -61,6 +62,7 @@ class MergePlan:
     counts: Mapping[Group, int]
 
 
+@translated()
 def merge_back(child: str | Path, into: str, out_dir: Path, options: MergeOptions = MergeOptions()) -> dict[str, Any]:
     """Write the model `into` with the experts of `child` in place of its own; returns what merge_metadata.json says.
 

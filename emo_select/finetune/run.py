@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from emo_select.checkpoint import Checkpoint, open_checkpoint, read_config
 from emo_select.errors import SpecError, UsageError
+from emo_select.faults import translated
 from emo_select.finetune import recipe
 from emo_select.finetune.examples import TokenSet, encode_examples, encode_file
 from emo_select.finetune.freezing import require_experts
@@ -57,6 +58,7 @@ class TrainReport:
     clipping, tokens per second. Routing is in `routing.json`, per layer."""
 
 
+@translated()
 def finetune(
     model_dir: Path,
     examples: Sequence[Example],
@@ -78,7 +80,7 @@ def finetune(
     """
     from emo_select.models import load_tokenizer
 
-    tokenizer = load_tokenizer(str(model_dir))
+    tokenizer = load_tokenizer(str(model_dir), trust_remote_code=execution.trust_remote_code)
     limit = _length_limit(model_dir, training)
     if training.file is not None:
         tokens = encode_file(Path(training.file), tokenizer, limit)
@@ -103,6 +105,7 @@ def _length_limit(model_dir: Path, training: Training) -> int:
     return training.max_length if context is None else min(training.max_length, int(context) - 1)
 
 
+@translated()
 def finetune_tokens(
     model_dir: Path,
     tokens: TokenSet,

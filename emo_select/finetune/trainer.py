@@ -19,9 +19,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from emo_select.errors import NumericError
 from emo_select.finetune.freezing import FrozenPart, Holder
+from emo_select.finetune.randomness import load_random, random_file, save_random
 from emo_select.finetune.routing import RoutingMeter
 from emo_select.finetune.saving import Keeper
 from emo_select.finetune.state import load_optimizer, load_weights, save_state
+from emo_select.progress import say
 from emo_select.tree import read_json, write_json
 
 SCHEDULE, ROUTING = "schedule.json", "routing.json"
@@ -172,7 +174,7 @@ class RecipeTrainer(Trainer):
         writes = self.is_world_process_zero()
         folder.mkdir(parents=True, exist_ok=True)
         save_state(self.model_wrapped, self._plain_optimizer(), folder, writes=writes)
-        self._save_rng_state(str(folder))
+        save_random(random_file(folder, self.args.process_index))
         if writes:
             schedule = self.lr_scheduler.state_dict()
             write_json(folder / SCHEDULE, {key: schedule[key] for key in SCHEDULE_KEYS})
@@ -181,6 +183,10 @@ class RecipeTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not load_random(random_file(Path(checkpoint), self.args.process_index)):
+            say("The training goes on with another number of processes; random numbers are drawn anew.")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

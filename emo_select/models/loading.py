@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -10,18 +11,24 @@ from huggingface_hub.errors import StrictDataclassError
 
 from emo_select.checkpoint import Checkpoint, open_checkpoint, resolve
 from emo_select.errors import CheckpointError, ModelError
+from emo_select.faults import translated
 from emo_select.models.config import EmoConfig, Olmo2NoQKNormPrenormConfig
 from emo_select.models.registration import register
 from emo_select.models.startup import import_models
 from emo_select.progress import say, track
+from emo_select.textfile import read_json_object, require_file
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+# Any of them holds a vocabulary; the rest of a tokenizer's files are settings.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.spm", "*.tiktoken",
+                   "spiece.model", "sentencepiece*.model", "tekken.json")
 SHOWN = 3  # tensors named in an error; the rest is counted
 
 
+@translated()
 def load_model(
     source: str,
     *,
@@ -96,21 +103,39 @@ def check_tensors(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
     })
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+@translated()
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint: a folder, a Hub id, or demo/NAME.
 
     Raises:
-        ModelError: nothing of that name, or no tokenizer in it.
+        ModelError: nothing of that name, no tokenizer in it, or one that is code of its own and not trusted.
     """
     from transformers import AutoTokenizer
 
     register()
     directory = resolve(source)
+    _require_tokenizer_files(directory, trust_remote_code)
     try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises bare exceptions for a damaged file
         raise ModelError(f"{directory} has no tokenizer that can be loaded ({_sentence(error)}); copy the tokenizer "
                          "files of the original model into it.") from error
+
+
+def _require_tokenizer_files(directory: Path, trust_remote_code: bool) -> None:
+    """For some architectures transformers invents an empty tokenizer where there is none, and scores would be noise."""
+    present = {path.name for path in directory.iterdir() if any(path.match(name) for name in TOKENIZER_FILES)}
+    for name in ("config.json", "tokenizer_config.json", *present):
+        if (directory / name).exists():
+            require_file(directory / name, ModelError)
+    if present or trust_remote_code:
+        return
+    settings = directory / "tokenizer_config.json"
+    if settings.exists() and read_json_object(settings, ModelError).get("auto_map"):
+        raise ModelError(f"The tokenizer of {directory} is code of its own; pass trust_remote_code=True "
+                         "(--trust-remote-code) if you trust that code.")
+    raise ModelError(f"{directory} has no tokenizer files ({', '.join(TOKENIZER_FILES)}); copy those of the original "
+                     "model into it.")
 
 
 def _load_weights(
@@ -170,7 +195,7 @@ def _expected_tensors(config: PreTrainedConfig) -> tuple[dict[str, tuple[int, ..
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise ModelError(f"The configuration cannot be built: {_sentence(error)}") from error
     tensors = revert_weight_conversion(model, model.state_dict())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from emo_select import record
 from emo_select.errors import EmoSelectError
+from emo_select.faults import translated
 from emo_select.pipeline.expand import Wanted, check_space, expand
 from emo_select.pipeline.plan import plan
 from emo_select.pipeline.runs import STAGES
@@ -16,6 +17,7 @@ from emo_select.spec import Execution, RunSpec
 from emo_select.tree import Tree
 
 
+@translated()
 def run(spec: RunSpec, output_dir: str | Path | None = None, *, execution: Execution | None = None,
         stages: Sequence[str] = STAGES, force: Sequence[str] = ()) -> RunRecord:
     """Do what is missing or stale of one run and return its record.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from emo_select import progress, record
 from emo_select.errors import EmoSelectError
+from emo_select.faults import require_writable, translated
 from emo_select.pipeline.adopt import adopt, twin_key
 from emo_select.pipeline.plan import Action, Step, downstream, evaluated_steps, plan
 from emo_select.pipeline.runs import Run, checkpoint_fingerprint
@@ -66,12 +67,15 @@ def _has_work(steps: Sequence[Step]) -> bool:
     return any(step.action is Action.RUN for step in steps)
 
 
+@translated()
 def execute(run: Run, steps: Sequence[Step]) -> None:
     """Do the steps of one run that are marked; each is recorded as soon as its files are in place."""
+    require_writable(run.paths.directory, "--output-dir")
     with exclusive(run.paths.lock), _threads_for(run):
         for step in steps:
             if step.action is Action.RUN:
-                _WORK[step.stage](run)
+                with translated(f"The stage {step.stage} stopped", run.paths.directory):
+                    _WORK[step.stage](run)
 
 
 @contextmanager
@@ -135,6 +139,7 @@ def _shared_selections(planned: Sequence[Planned]) -> list[list[Run]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
+@translated()
 def select_together(runs: Sequence[Run]) -> None:
     """Select the experts of runs that differ only in keep-k (and in what comes later), in one pass over the weights."""
     with ExitStack() as locks:

@@ -16,6 +16,7 @@ from torch import Tensor
 from emo_select import tree
 from emo_select.demo.tokenizer import END, MAX_LENGTH, PAD, build_tokenizer, save_tokenizer
 from emo_select.errors import NumericError, SpecError
+from emo_select.faults import translated
 from emo_select.models import EmoConfig, EmoForCausalLM, register
 from emo_select.pretrain.config import Optimizer, PretrainConfig
 from emo_select.pretrain.documents import Documents, step_generator
@@ -121,6 +122,7 @@ class Trainer:
             }
 
 
+@translated()
 def pretrain(config: PretrainConfig, out_dir: Path) -> dict[str, Any]:
     """Train and publish a checkpoint folder; returns what `pretraining.json` in it says.
 

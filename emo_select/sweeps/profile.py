@@ -55,6 +55,15 @@ class Profile(Frozen):
     workers: Annotated[int, Field(ge=1)] = 1
     """Units at the same time under the local executor."""
 
+    @field_validator("*")
+    @classmethod
+    def _one_line_each(cls, value: Any) -> Any:
+        """Values become lines of a batch script, so none may hold the end of one."""
+        parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+        if any(isinstance(part, str) and not part.isprintable() for part in parts):
+            raise ValueError("a value may not hold line breaks or other control characters")
+        return value
+
     @field_validator("time", mode="before")
     @classmethod
     def _readable_time(cls, value: Any) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from pydantic_core import from_json  # several times faster than json.loads, and accepts NaN as well
 
 from emo_select.errors import SpecError, UnknownNameError, UsageError
+from emo_select.faults import translated
 from emo_select.spec import RunName, RunSpec, parse_directory_name
 from emo_select.tables.cache import FileCache
 from emo_select.tree import RunPaths, Tree
@@ -166,6 +167,7 @@ class Records:
         return {folder: str(name) for folder, name in found.items() if name}
 
 
+@translated()
 def load_tree(root: str | Path | None = None, *, cached: bool = True) -> Records:
     """Read every run below `root` (default: EMO_SELECT_OUTPUT_DIR, else ./selective_evals_final).
 

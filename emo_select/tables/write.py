@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from emo_select.tree import write_bytes
 
 Cell = str | int | float | None
 SUFFIXES = {"csv": "csv", "tsv": "tsv", "markdown": "md", "latex": "tex", "text": "txt", "json": "json"}
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # spreadsheets run a text that begins so, unless it is quoted by '
+MARKDOWN = re.compile(r"[\\|\[\]`]")  # what could close a cell or begin a link or code; `<` could begin markup
 NAN = float("nan")  # an empty cell of a published table: blank in CSV, `nan` in markdown
 
 
@@ -54,7 +57,7 @@ def write_tables(tables: Sequence[Table], folder: Path, style: str) -> list[Path
 def _separated(table: Table, delimiter: str) -> str:
     text = io.StringIO()
     writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
-    writer.writerow(table.columns)
+    writer.writerow(map(_four, table.columns))
     writer.writerows([_four(cell) for cell in row] for row in table.rows)
     return text.getvalue()
 
@@ -79,13 +82,20 @@ def _one_line(cell: Cell, style: str) -> Cell:
     if not isinstance(cell, str):
         return cell
     line = " ".join(cell.split())
-    return line.replace("|", "\\|") if style == "pipe" else line
+    return MARKDOWN.sub(r"\\\g<0>", line).replace("<", "&lt;") if style == "pipe" else line
 
 
 def _four(cell: Cell) -> Any:
     if isinstance(cell, float):
         return "" if math.isnan(cell) else f"{cell:.4f}"
+    if isinstance(cell, str):
+        return f"'{cell}" if cell.startswith(FORMULA) and not _is_plain(cell) else cell
     return "" if cell is None else cell
+
+
+def _is_plain(cell: str) -> bool:
+    """Whether a text that begins like a formula is a number, or a single sign."""
+    return len(cell) == 1 or re.fullmatch(r"[+-]\d+(\.\d+)?(e[+-]?\d+)? ?%?", cell) is not None
 
 
 def _plain(cell: Cell) -> Cell:

@@ -77,7 +77,7 @@ def test_chats_need_a_template(tmp_path: Path) -> None:
     ("own.txt", [], SpecError, "no texts"),
     ("own.csv", [], SpecError, "use .txt, .jsonl, .parquet"),
     ("own.jsonl", [{"text": ""}], SpecError, "no tokens"),
-    ("own.jsonl", [{"messages": [{"role": "user"}, 3]}], TaskError, "not a chat"),
+    ("own.jsonl", [{"messages": [{"role": "user"}, 3]}], TaskError, "must be a list of objects"),
 ])
 def test_bad_files(tmp_path: Path, tokenizer: Any, name: str, rows: list[Any], kind: type[Exception], message: str
                    ) -> None:
