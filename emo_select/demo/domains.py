@@ -51,6 +51,16 @@ def rows(domain: str) -> dict[str, list[dict[str, Any]]]:
     return splits
 
 
+def documents(domain: str, count: int) -> list[str]:
+    """Texts as the models were trained on: 6 to 16 facts of one domain each, drawn by SHA-256 like all else here."""
+    pairs = list(product(COLOURS, THINGS))
+    return [SEPARATOR.join(
+        f"{question(domain, *pair)} {answer(domain, *pair)}"
+        for fact in range(6 + _draw("facts", domain, str(number)) % 11)
+        for pair in [pairs[_draw("document", domain, str(number), str(fact)) % len(pairs)]])
+        for number in range(count)]
+
+
 def _row(domain: str, colour: str, thing: str) -> dict[str, Any]:
     gold = answer(domain, colour, thing)
     others = sorted((word for word in ANSWERS if word != gold), key=lambda word: _draw(domain, colour, thing, word))
