@@ -10,9 +10,12 @@
         topk-LL.npy                      (T, K) uint16 per MoE layer: the routed experts that the model chose
         logits-LL.npy                    (T, E) float16 router logits, only if asked for
       experts.json                       list of `ExpertView`
+      metrics.json                       list of `Measure` that depend on no clustering
       fits/<fit>/                        one clustering (`FitFolder`)
         fit.json                         `FitInfo`
         assignments.npy                  (R,) int32, the cluster of every clustered row
+        centres.npy                      (k, n) float32, means of the rows as they were clustered
+        nearest.npy                      (k, 8) int64, rows nearest to those means, -1 where there are fewer
         rows.npy                         (R,) int64, which rows those are; absent where all are
         clusters.json                    list of `Cluster`
         labels.yaml                      a name per cluster, to be edited
@@ -20,7 +23,8 @@
       coverage/                          see `emo_select.analysis.coverage`
 
 T tokens, N documents, L layers, E routed experts of a layer, K experts chosen per token. A clustered row is a token, or
-a document where the fit's embedding begins with `doc_`. Every file made from others records their fingerprint.
+a document where the fit's embedding begins with `doc_`. Every file made from others records their fingerprint: lists
+are stored as {"made_from": …, "entries": […]}.
 """
 
 from __future__ import annotations
@@ -263,6 +267,16 @@ class FitFolder:
         file = self.path / "rows.npy"
         return read_array(file) if file.exists() else np.arange(len(self.assignments))
 
+    @cached_property
+    def centres(self) -> NDArray[np.float32]:
+        """(k, n) means of the rows as they were clustered."""
+        return read_array(self.path / "centres.npy")
+
+    @cached_property
+    def nearest(self) -> NDArray[np.int64]:
+        """(k, 8) rows nearest to them, nearest first; -1 where there are fewer."""
+        return read_array(self.path / "nearest.npy")
+
     @property
     def of_documents(self) -> bool:
         """Whether a row is a document instead of a token."""
@@ -366,6 +380,18 @@ class ModelFolder:
             raise SpecError(f"{self.path} has no fit {name!r}; it has {', '.join(found) or 'none'}.")
         return found[name]
 
+    def token_clusters(self, fit: FitFolder) -> NDArray[np.int32]:
+        """(T,) the cluster of each token (of its document, for a fit of documents); -1 where it was not clustered."""
+        rows = np.full(self.info.documents if fit.of_documents else self.info.tokens, -1, dtype=np.int32)
+        rows[fit.rows] = fit.assignments
+        return rows[self.document_of] if fit.of_documents else rows
+
+    @cached_property
+    def measures(self) -> list[Measure]:
+        """Those that depend on no clustering; empty before `emo-select clusters label`."""
+        file = self.path / "metrics.json"
+        return read_list(Measure, file) if file.exists() else []
+
     @cached_property
     def experts(self) -> list[ExpertView]:
         """Empty before `emo-select clusters label`."""
@@ -440,16 +466,21 @@ def read_as(kind: type[M], file: Path) -> M:
 
 
 def read_list(kind: type[M], file: Path) -> list[M]:
-    """A JSON list of `kind`. CheckpointError where it is missing or does not fit."""
+    """The entries of a file that `write_list` wrote. CheckpointError where it is missing or does not fit."""
     try:
-        return TypeAdapter(list[kind]).validate_python(read_json(file))  # type: ignore[valid-type]
-    except ValidationError as error:
+        return TypeAdapter(list[kind]).validate_python(read_json(file)["entries"])  # type: ignore[valid-type]
+    except (ValidationError, KeyError, TypeError) as error:
         raise damaged(file, error) from None
 
 
-def write_list(file: Path, values: Sequence[BaseModel]) -> None:
-    """Write models as a JSON list."""
-    write_json(file, [value.model_dump(mode="json") for value in values])
+def write_list(file: Path, values: Sequence[BaseModel], fingerprint: str) -> None:
+    """Write models as JSON, with the fingerprint of what they were made from."""
+    write_json(file, {"made_from": fingerprint, "entries": [value.model_dump(mode="json") for value in values]})
+
+
+def is_made_from(file: Path, fingerprint: str) -> bool:
+    """Whether a file of `write_list` is there and was made from this."""
+    return file.exists() and read_json(file).get("made_from") == fingerprint
 
 
 def read_array(file: Path) -> NDArray[Any]:

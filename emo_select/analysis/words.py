@@ -25,14 +25,6 @@ if TYPE_CHECKING:
 TRIMMED = re.compile(r"^[^\w]+|[^\w]+$")
 LEAST = 3  # times that a word has to occur in a cluster to speak for it
 LIST_WORDS = 12
-# The commonest English function words: they say nothing of a document's topic.
-STOP_WORDS = frozenset("""a about above after again against all also am an and any are as at be because been before
-being below between both but by can could did do does doing down during each even few for from further get got had has
-have having he her here hers herself him himself his how however i if in into is it its itself just like made make many
-may me might more most much must my myself no nor not now of off on once one only or other our ours ourselves out over
-own said same she should so some such than that the their theirs them themselves then there these they this those
-through to too two under until up upon us use used using very was we well were what when where which while who whom why
-will with would you your yours yourself yourselves s t re ve ll d m""".split())
 
 
 def tokenizer_of(info: RoutingInfo) -> PreTrainedTokenizerBase | None:
@@ -79,7 +71,10 @@ class Pieces:
     def _alone(self, number: int) -> str:
         cached = self._cache.get(number)
         if cached is None:
-            cached = self._cache[number] = self.text([number])
+            cached = self.text([number])
+            if self.tokenizer is not None and str(self.tokenizer.convert_ids_to_tokens(number)).startswith("▁"):
+                cached = f" {cached.removeprefix(' ')}"  # sentencepiece leaves out the space of a token on its own
+            self._cache[number] = cached
         return cached
 
     @cached_property
@@ -104,7 +99,9 @@ class TokenWords:
     @cached_property
     def stop(self) -> NDArray[np.bool_]:
         """(W,) words that say nothing of a topic: stop words, single letters, what has no letter."""
-        return np.asarray([word in STOP_WORDS or len(word) < 2 or not any(map(str.isalpha, word))
+        from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+        return np.asarray([word in ENGLISH_STOP_WORDS or len(word) < 2 or not any(map(str.isalpha, word))
                            for word in self.words])
 
 
@@ -114,7 +111,7 @@ def token_words(folder: ModelFolder, tokenizer: PreTrainedTokenizerBase | None) 
     of_token = np.empty(len(folder.tokens), dtype=np.int32)
     begins = np.zeros(len(folder.tokens), dtype=bool)
     for start, stop in zip(folder.bounds[:-1], folder.bounds[1:], strict=True):
-        texts = pieces.split(folder.tokens[start:stop])
+        texts = pieces.split(folder.tokens[start:stop].tolist())
         for first, last in _groups(texts):
             word = TRIMMED.sub("", "".join(texts[first:last])).lower()
             of_token[start + first:start + last] = known.setdefault(word, len(known))
