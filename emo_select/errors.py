@@ -65,6 +65,10 @@ class StorageError(EmoSelectError):
     """The disk, or what lies on it, failed during work; what was finished is kept."""
 
 
+class OwnershipError(UsageError):
+    """What stands at an output's place was not made by this package, or is still needed."""
+
+
 class LockedError(UsageError):
     """Another process is working on the same run directory."""
 

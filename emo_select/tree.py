@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +27,13 @@ from typing import Any
 from emo_select import textfile
 from emo_select.errors import CheckpointError, DiskSpaceError, LockedError, TextError
 from emo_select.faults import at, existing_part, require_writable
+from emo_select.ownership import CHECKPOINT, OUTPUT, mark, require_replaceable
 from emo_select.spec import RunSpec, parse_directory_name
 
 DEFAULT_ROOT = "selective_evals_final"
 SWEEPS = ".sweeps"
 ROOT_VARIABLE = "EMO_SELECT_OUTPUT_DIR"
 CACHE_VARIABLE = "EMO_SELECT_CACHE_DIR"
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -249,12 +248,14 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def staged_directory(final: Path, key: str) -> Iterator[Path]:
+def staged_directory(final: Path, key: str, what: str = OUTPUT, sources: Sequence[Path] = ()) -> Iterator[Path]:
     """Build `final` in a hidden sibling and publish it by rename when the body succeeds.
 
     The sibling outlives a crash: the next call with the same `key` continues in it, another key starts empty.
-    An older `final` is replaced as a whole. An exception in the body publishes nothing.
+    An older `final` is replaced as a whole. An exception in the body publishes nothing. Raises `OwnershipError`, before
+    anything is written, where `final` is not ours or one of `sources` lies there.
     """
+    require_replaceable(final, *sources)
     partial, key_file = partial_directory(final), final.with_name(f".{final.name}.key")
     final.parent.mkdir(parents=True, exist_ok=True)
     if not key_file.exists() or key_file.read_bytes() != key.encode():
@@ -262,7 +263,7 @@ def staged_directory(final: Path, key: str) -> Iterator[Path]:
         write_bytes(key_file, key.encode())
     partial.mkdir(exist_ok=True)
     yield partial
-    publish(partial, final)
+    publish(partial, final, what)
     key_file.unlink(missing_ok=True)
 
 
@@ -271,8 +272,10 @@ def partial_directory(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
 
-def publish(ready: Path, final: Path) -> None:
-    """Flush a finished directory and rename it to `final`, replacing what stood there."""
+def publish(ready: Path, final: Path, what: str = OUTPUT) -> None:
+    """Flush a finished directory and rename it to `final`, replacing what stood there if that was ours, too."""
+    require_replaceable(final)
+    mark(ready, what)
     for path in ready.rglob("*"):
         if path.is_file():
             _flush(path)
@@ -286,8 +289,9 @@ def publish(ready: Path, final: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Delete a directory so that a reader sees it whole or not at all."""
+    """Delete a directory of ours so that a reader sees it whole or not at all."""
     if path.exists():
+        require_replaceable(path)
         doomed = path.with_name(f".{path.name}.old")
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)

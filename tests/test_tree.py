@@ -11,6 +11,7 @@ import pytest
 
 from emo_select import tree
 from emo_select.errors import CheckpointError, DiskSpaceError, LockedError, SpecError
+from emo_select.ownership import MARKER
 from emo_select.spec import RunSpec
 from emo_select.tree import Tree, exclusive, link_tree, staged_directory
 
@@ -24,7 +25,7 @@ def test_a_failing_body_publishes_nothing_and_the_same_key_continues(tmp_path):
     with staged_directory(final, "a") as folder:
         assert (folder / "first").read_text() == "1"
         (folder / "second").write_text("2")
-    assert sorted(path.name for path in final.iterdir()) == ["first", "second"]
+    assert sorted(path.name for path in final.iterdir()) == [MARKER, "first", "second"]
     assert list(tmp_path.iterdir()) == [final]
 
 
@@ -35,11 +36,11 @@ def test_another_key_starts_empty_and_replaces_the_old_directory_whole(tmp_path)
     with pytest.raises(RuntimeError), staged_directory(final, "b") as folder:
         (folder / "half").touch()
         raise RuntimeError
-    assert [path.name for path in final.iterdir()] == ["old"]
+    assert sorted(path.name for path in final.iterdir()) == [MARKER, "old"]
     with staged_directory(final, "c") as folder:
         assert list(folder.iterdir()) == []
         (folder / "new").touch()
-    assert [path.name for path in final.iterdir()] == ["new"]
+    assert sorted(path.name for path in final.iterdir()) == [MARKER, "new"]
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):

@@ -16,6 +16,7 @@ from emo_select.experts.scores import SUMS, LayerSums, Part, Scores
 from emo_select.experts.states import HiddenStates
 from emo_select.experts.stream import Embedded, Shell
 from emo_select.faults import translated
+from emo_select.ownership import STATISTICS, require_replaceable
 
 
 @translated()
@@ -36,8 +37,10 @@ def collect_activations(checkpoint: Checkpoint, token_ids: Sequence[Sequence[int
         record: entries added to scores.json.
 
     Raises:
-        ModelError, CheckpointError, SpecError: before any work. NumericError: NaN or infinity, named.
+        ModelError, CheckpointError, SpecError, OwnershipError: before any work. NumericError: NaN or infinity, named.
     """
+    if out_dir is not None:
+        require_replaceable(out_dir, checkpoint.directory, what=STATISTICS)
     stage = Pass(checkpoint, token_ids, groups, options or StreamOptions())
     if out_dir is None:
         return _Collection(stage, Snapshots(None, stage.key, stage.team)).run(record or {})

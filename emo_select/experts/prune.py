@@ -40,6 +40,7 @@ from emo_select.models.families import (
     experts_per_layer,
     family_of,
 )
+from emo_select.ownership import PRUNED, require_replaceable
 from emo_select.progress import say, track
 from emo_select.tree import link_or_copy, require_space, staged_directory, write_bytes
 
@@ -85,17 +86,18 @@ def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dt
     Args:
         source: folder, Hub id or demo/NAME.
         keep_set: experts to keep, of this very model.
-        out_dir: replaced if it exists.
+        out_dir: replaced if it exists and this package made it.
         dtype: cast floating-point weights ("bfloat16", "float32", "float16"); None keeps each tensor's own.
         max_shard_size: "5GB", "500MB" or bytes; None means 5 GB.
         metadata: entries that replace those of pruning_metadata.json.
         allow_nonuniform: accept different numbers of experts per layer where the family's config can say so.
 
     Raises:
-        ModelError, CheckpointError, KeepKError, SpecError, DiskSpaceError: before anything is written.
+        ModelError, CheckpointError, KeepKError, SpecError, OwnershipError, DiskSpaceError: before anything is written.
         NumericError: a weight is NaN or infinite, named with layer and expert.
     """
     with open_checkpoint(source) as checkpoint:
+        require_replaceable(out_dir, checkpoint.directory)
         if keep_set.fingerprint not in (None, checkpoint.forward_fingerprint):
             say(f"The selection was made on other weights or another config than {source} has now.")
         target = stored_dtype(dtype)
@@ -104,7 +106,7 @@ def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dt
         linkable = not (dtype or limit) and _keeps_everything(checkpoint, plan)
         require_space(out_dir.parent, 0 if linkable else plan.total_bytes, "The pruned checkpoint")
         key = _resume_key(checkpoint, keep_set, target, limit)
-        with staged_directory(out_dir, key) as folder:
+        with staged_directory(out_dir, key, PRUNED, [checkpoint.directory]) as folder:
             if linkable:
                 _link_shards(checkpoint, folder)
             else:

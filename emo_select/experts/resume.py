@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emo_select.experts.states import HiddenStates
 from emo_select.experts.team import Team
+from emo_select.ownership import STATISTICS
 from emo_select.tree import partial_directory, read_json, staged_directory, write_bytes, write_json
 
 SHARE, GRACE_S = 0.1, 2.0  # snapshots may take this share of the time, and this much in any case
@@ -88,7 +89,7 @@ def shared_stage(final: Path, key: str, team: Team) -> Iterator[Path]:
         yield partial_directory(final)
         team.wait()
         return
-    with staged_directory(final, key) as folder:
+    with staged_directory(final, key, STATISTICS) as folder:
         team.wait()
         yield folder
         team.wait()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from emo_select import ownership
 from emo_select.checkpoint import Checkpoint, ShardedWriter, TensorSpec, assign_shards, open_checkpoint
 from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE
 from emo_select.errors import CheckpointError, ModelError, SpecError
@@ -76,10 +77,12 @@ def merge_back(child: str | Path, into: str, out_dir: Path, options: MergeOption
         raise SpecError(f"The averaging weight {options.average:g} is not between 0 and 1.")
     source, metadata = _finetuned_checkpoint(Path(child))
     with open_checkpoint(into) as full, open_checkpoint(source) as tuned:
+        ownership.require_replaceable(out_dir, full.directory, tuned.directory)
         plan = plan_merge(full, tuned, read_json(metadata).get("experts_kept_per_layer") or [], options)
         require_space(out_dir, full.total_bytes, "The merged model")
         record = _record(plan, options, {"into": into, "child": str(source), "metadata": str(metadata)})
-        with staged_directory(out_dir, digest([full.fingerprint, tuned.fingerprint, record])) as folder:
+        key = digest([full.fingerprint, tuned.fingerprint, record])
+        with staged_directory(out_dir, key, ownership.MERGED, [full.directory, tuned.directory]) as folder:
             _write(full, tuned, plan, options, folder)
             copy_companions(full.directory, folder)
             if options.dtype:

@@ -18,6 +18,7 @@ from emo_select.finetune.freezing import require_experts
 from emo_select.finetune.job import JOB, Job, job_key
 from emo_select.finetune.lora import lora_targets
 from emo_select.finetune.worker import HISTORY, launch, train
+from emo_select.ownership import FINETUNED, require_replaceable
 from emo_select.progress import say
 from emo_select.tree import (
     link_tree,
@@ -25,6 +26,7 @@ from emo_select.tree import (
     partial_directory,
     publish,
     read_json,
+    remove_directory,
     require_space,
     write_json,
 )
@@ -192,8 +194,12 @@ def _prepare(job: Job, tokens: TokenSet, *, replace: bool) -> None:
     """Clear what another training left, store the job, publish checkpoint-0."""
     if _stored(job.folder / JOB, "key") != job.key:
         _require_own(job, replace=replace)
-        for path in (job.folder, *(job.out / f"checkpoint-{step}" for step in numbered_checkpoints(job.out))):
-            shutil.rmtree(path, ignore_errors=True)
+        old = [job.out / f"checkpoint-{step}" for step in numbered_checkpoints(job.out)]
+        for path in old:  # all of them before the first goes
+            require_replaceable(path, job.model, what=FINETUNED)
+        for path in old:
+            remove_directory(path)
+        shutil.rmtree(job.folder, ignore_errors=True)
     (job.out / REPORT).unlink(missing_ok=True)
     job.write(tokens)
     _link_start(job.model, job.out / "checkpoint-0")
@@ -206,7 +212,7 @@ def _link_start(source: Path, final: Path) -> None:
     partial = partial_directory(final)
     shutil.rmtree(partial, ignore_errors=True)
     link_tree(source, partial)
-    publish(partial, final)
+    publish(partial, final, FINETUNED)
 
 
 def _require_own(job: Job, *, replace: bool) -> None:

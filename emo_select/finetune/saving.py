@@ -19,6 +19,7 @@ from emo_select.checkpoint.header import DTYPES
 from emo_select.finetune.lora import save_adapter
 from emo_select.finetune.recipe import checkpoint_steps
 from emo_select.models.adapters import merge_adapter
+from emo_select.ownership import FINETUNED
 from emo_select.progress import Bar
 from emo_select.tree import partial_directory, publish
 
@@ -108,7 +109,7 @@ def write_checkpoint(model: PreTrainedModel, tensors: Mapping[str, Tensor], sour
     partial.mkdir(parents=True)
     _write_tensors(model, tensors, source, partial)
     copy_companions(source, partial)
-    publish(partial, final)
+    publish(partial, final, FINETUNED)
 
 
 def _write_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], source: Path, folder: Path) -> None:
@@ -138,7 +139,7 @@ def write_adapter(model: PeftModel, tensors: dict[str, Tensor], source: Path, fi
         merged = merge_adapter(load_model(str(source), dtype="auto"), adapter)
         _write_tensors(merged, merged.state_dict(), source, partial)
         copy_companions(source, partial)
-    publish(partial, final)
+    publish(partial, final, FINETUNED)
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emo_select import ownership
 from emo_select.checkpoint import open_checkpoint, read_config
 from emo_select.errors import EmoSelectError
 from emo_select.finetune.job import Job
@@ -167,7 +168,7 @@ def _write_state(job: Job, trainer: RecipeTrainer) -> None:
     trainer.save_training_state(partial)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        publish(partial, job.state)
+        publish(partial, job.state, ownership.TRAINING_STATE)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emo_select import record
+from emo_select.ownership import FINETUNED, PRUNED, RESULTS
 from emo_select.pipeline.plan import downstream, evaluated_steps
 from emo_select.pipeline.runs import Run, checkpoint_fingerprint
 from emo_select.record import State
@@ -19,6 +20,7 @@ from emo_select.spec import Calibration, Evaluation, RunSpec
 from emo_select.tree import RunPaths, exclusive, link_or_copy, link_tree, partial_directory, publish
 
 SHAREABLE = ("select", "prune", "finetune")
+_WHAT = {"prune": PRUNED, "finetune": FINETUNED}
 
 
 def twin_key(spec: RunSpec, *, keeps_all: bool) -> str:
@@ -55,7 +57,7 @@ def _take(run: Run, other: Run, stage: str) -> None:
     later = downstream(stage) if stage in SHAREABLE else ()
     finished = {name for name in done.stages if name == stage or name.split("/")[0] in later}
     done = record.forget(run.paths, done, finished)
-    _link(_output(other.paths, stage), _output(run.paths, stage))
+    _link(_output(other.paths, stage), _output(run.paths, stage), _WHAT.get(stage, RESULTS))
     notes = {**source.stages[stage].notes, "shared_with": other.paths.directory.name}
     taken = source.stages[stage].model_copy(update={"seconds": 0.0, "notes": notes})
     record.save(run.paths, done.model_copy(update={"stages": {**done.stages, stage: taken}}))
@@ -67,7 +69,7 @@ def _output(paths: RunPaths, stage: str) -> Path:
     return {"select": paths.selection, "prune": paths.selected_model, "finetune": paths.finetuned_model}[stage]
 
 
-def _link(source: Path, final: Path) -> None:
+def _link(source: Path, final: Path, what: str) -> None:
     if source.is_file():
         partial = final.with_name(f".{final.name}.partial")
         link_or_copy(source, partial)
@@ -76,4 +78,4 @@ def _link(source: Path, final: Path) -> None:
     partial = partial_directory(final)
     shutil.rmtree(partial, ignore_errors=True)
     link_tree(source, partial)
-    publish(partial, final)
+    publish(partial, final, what)

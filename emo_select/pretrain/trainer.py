@@ -18,6 +18,7 @@ from emo_select.demo.tokenizer import END, MAX_LENGTH, PAD, build_tokenizer, sav
 from emo_select.errors import NumericError, SpecError
 from emo_select.faults import translated
 from emo_select.models import EmoConfig, EmoForCausalLM, register
+from emo_select.ownership import PRETRAINED
 from emo_select.pretrain.config import Optimizer, PretrainConfig
 from emo_select.pretrain.documents import Documents, step_generator
 from emo_select.pretrain.objective import EmoObjective, Losses
@@ -133,7 +134,7 @@ def pretrain(config: PretrainConfig, out_dir: Path) -> dict[str, Any]:
     if done := _finished(config, out_dir):
         return done
     lock = out_dir.with_name(f".{out_dir.name}.lock")
-    with tree.exclusive(lock), tree.staged_directory(out_dir, _key(config)) as folder:
+    with tree.exclusive(lock), tree.staged_directory(out_dir, _key(config), PRETRAINED) as folder:
         trainer = Trainer(config)
         _train(trainer, folder / STATE)
         report = _report(trainer)

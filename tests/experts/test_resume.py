@@ -18,6 +18,7 @@ from emo_select.experts import KeepSet, StreamOptions, collect_activations, sele
 from emo_select.experts.scores import RECORD, TENSORS
 from emo_select.experts.states import HiddenStates
 from emo_select.experts.stream import Reader
+from emo_select.ownership import MARKER
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "models"
 PROMPTS = [[5, 9, 11, 30], [7, 8], [40, 41, 42, 43, 44, 45, 46], [50]]
@@ -82,7 +83,7 @@ def test_activations(layer: int, tmp_path: Path, die_at: Callable[[int], list[in
     assert asked == list(range(layer, 4))
     for name in (TENSORS, RECORD):
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
-    assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == [RECORD, TENSORS]
+    assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == [MARKER, RECORD, TENSORS]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed", "undisturbed"]
 
 

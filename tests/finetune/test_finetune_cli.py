@@ -8,6 +8,7 @@ import pytest
 from finetune_cases import GOLDEN, letter_rows, letters
 from typer.testing import CliRunner
 
+from emo_select import ownership
 from emo_select.cli import common
 from emo_select.cli.app import app
 from emo_select.errors import EmoSelectError
@@ -183,6 +184,8 @@ def test_checkpoints_of_another_model_are_not_overwritten(model, own_data, tmp_p
     shutil.copytree(GOLDEN / "dense" / "model", tmp_path / "out" / "checkpoint-3")
     result = invoke(*options(model, own_data, tmp_path / "out"))
     assert "checkpoints of another model" in str(result.exception)
+    assert "not made by emo-select" in str(invoke(*options(model, own_data, tmp_path / "out"), "--force").exception)
+    ownership.mark(tmp_path / "out" / "checkpoint-3", ownership.FINETUNED)
     assert invoke(*options(model, own_data, tmp_path / "out"), "--force").exit_code == 0
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-2"]
 
