@@ -52,6 +52,11 @@ def interactive() -> bool:
     return not _state.quiet and _state.console.is_terminal
 
 
+def is_quiet() -> bool:
+    """Whether nothing is to be said."""
+    return _state.quiet
+
+
 def say(message: str) -> None:
     """Print one line of talk to stderr, unless quiet. `message` is plain text, never markup."""
     if not _state.quiet:

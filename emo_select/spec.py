@@ -366,6 +366,16 @@ def checked(kind: type[T], data: dict[str, Any]) -> T:
         raise SpecError(_sentence(kind, error)) from None
 
 
+def merge(base: dict[str, Any], *layers: dict[str, Any]) -> dict[str, Any]:
+    """Lay mappings over each other; mappings inside are merged, everything else is replaced."""
+    merged = dict(base)
+    for layer in layers:
+        for key, value in layer.items():
+            old = merged.get(key)
+            merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
 def digest(value: Any) -> str:
     """Sixteen hex digits over any JSON value, independent of key order: the project's fingerprint of plain data."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)

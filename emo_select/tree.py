@@ -48,6 +48,11 @@ class RunPaths:
         return self.directory / "run.json"
 
     @property
+    def config(self) -> Path:
+        """What the run was started with, everything resolved, as a file for `run --config`."""
+        return self.directory / "config.yaml"
+
+    @property
     def lock(self) -> Path:
         """Held by the one process that works on the run."""
         return self.directory / ".lock"

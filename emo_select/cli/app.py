@@ -17,6 +17,7 @@ import typer
 
 from emo_select import progress
 from emo_select.cli import common
+from emo_select.cli.help import Command, Group
 from emo_select.errors import EmoSelectError
 from emo_select.faults import translated
 
@@ -26,10 +27,11 @@ GROUPS = ("run", "select", "prune", "finetune", "evaluate", "table", "sweep", "t
 app = typer.Typer(
     name="emo-select",
     help="Keep only the experts of a Mixture-of-Experts model that a task uses, and measure what remains.",
+    cls=Group,
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
 
@@ -120,12 +122,14 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def _flow(commands: typer.Typer) -> None:
-    """Let help texts break where the terminal ends, not where the docstring's lines do."""
+    """Let help texts break where the terminal ends, not where the docstring's lines do, and show them our way."""
     for command in commands.registered_commands:
+        command.cls = Command
         paragraphs = inspect.cleandoc(command.help or getattr(command.callback, "__doc__", None) or "").split("\n\n")
         command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
     for group in commands.registered_groups:
         if group.typer_instance is not None:
+            group.typer_instance.info.cls = Group
             _flow(group.typer_instance)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from emo_select.faults import require_writable
+from emo_select.cli import completion
 
 DATA_DIR_VARIABLE = "EMO_SELECT_DATA_DIR"
 
@@ -25,13 +26,15 @@ def writable(param: typer.CallbackParam, value: Path | None) -> Path | None:
 RUN, CALIBRATE, TRAIN, SCORE, MACHINE, OUTPUT = "Run", "Calibration", "Finetuning", "Evaluation", "Machine", "Output"
 
 MODEL_HELP = "Hub id (or ID@REVISION), folder or demo/NAME."
-Models = Annotated[list[str], typer.Option("--model", "-m", help=MODEL_HELP, rich_help_panel=RUN)]
+Models = Annotated[list[str], typer.Option("--model", "-m", help=MODEL_HELP, rich_help_panel=RUN,
+                                               autocompletion=completion.models)]
 Tasks = Annotated[list[str], typer.Option("--task", "-t", help="Task or group; see `emo-select tasks`.",
-                                          rich_help_panel=RUN)]
+                                          rich_help_panel=RUN, autocompletion=completion.tasks)]
 KeepKs = Annotated[list[str], typer.Option(
     "--keep-k", "-k", help="Experts kept per layer, shared ones included: 16, 12.5% or full.", rich_help_panel=RUN)]
 Methods = Annotated[list[str], typer.Option(
-    "--method", help="layerwise, easy_ep, random, global, frequency, gate_mass, ean or reap.", rich_help_panel=RUN)]
+    "--method", help="layerwise, easy_ep, random, global, frequency, gate_mass, ean or reap.", rich_help_panel=RUN,
+    autocompletion=completion.methods)]
 OutputDir = Annotated[str | None, typer.Option(
     "--output-dir", "-o", envvar="EMO_SELECT_OUTPUT_DIR", show_default="selective_evals_final",
     help="Root of the run tree.", rich_help_panel=OUTPUT)]

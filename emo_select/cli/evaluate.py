@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emo_select.cli import common
+from emo_select.cli import common, completion
 from emo_select.cli.common import CALIBRATE, MACHINE, OUTPUT, RUN, SCORE
 
 if TYPE_CHECKING:
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from emo_select.tasks import Task
 
 Models = Annotated[list[str] | None, typer.Option("--model", "-m", help=common.MODEL_HELP,
-                                                  rich_help_panel=RUN)]
+                                                  rich_help_panel=RUN, autocompletion=completion.models)]
 Tasks = Annotated[list[str] | None, typer.Option("--task", "-t", help="Task or group; see `emo-select tasks`.",
-                                                 rich_help_panel=RUN)]
-RunDirectory = Annotated[Path | None, typer.Argument(help="A run directory: scores each of its checkpoints.")]
+                                                 rich_help_panel=RUN, autocompletion=completion.tasks)]
+RunDirectory = Annotated[Path | None, typer.Argument(help="A run directory: scores each of its checkpoints.",
+                                                     autocompletion=completion.runs)]
 Shots = Annotated[int | None, typer.Option("--num-shots", min=0, show_default="the task's", help="Few-shot examples.",
                                            rich_help_panel=SCORE)]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, show_default="all", help="First N test documents.",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emo_select.cli import common, training
+from emo_select.cli import common, completion, training
 from emo_select.cli.common import OUTPUT, RUN, TRAIN
 from emo_select.cli.training import Settings
 
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from emo_select.finetune import TrainReport
     from emo_select.spec import Execution
 
-RunDirectory = Annotated[Path | None, typer.Argument(help="A run directory: trains its pruned model by its own spec.")]
-Model = Annotated[str | None, typer.Option("--model", "-m", help=common.MODEL_HELP, rich_help_panel=RUN)]
+RunDirectory = Annotated[Path | None, typer.Argument(help="A run directory: trains its pruned model by its own spec.",
+                                                     autocompletion=completion.runs)]
+Model = Annotated[str | None, typer.Option("--model", "-m", help=common.MODEL_HELP, rich_help_panel=RUN,
+                                             autocompletion=completion.models)]
 Task = Annotated[str | None, typer.Option("--task", "-t", help="Task whose training split to use.",
-                                          rich_help_panel=RUN)]
+                                          rich_help_panel=RUN, autocompletion=completion.tasks)]
 NumShots = Annotated[int | None, typer.Option("--num-shots", min=0, show_default="the task's", rich_help_panel=RUN,
                                               help="Few-shot examples before each example.")]
 Out = Annotated[Path | None, typer.Option("--out", callback=common.writable,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
 from rich.text import Text
 
 from emo_select import progress
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from emo_select.pipeline import Planned, Run, Step
     from emo_select.pipeline.cost import Cost
 
+HEADS = ("model", "task", "keep-k", "method")
 SHOWN = 30
 _LOOK = {"run": ("run", "bold yellow"), "done": ("done", "green"), "skip": ("–", "dim")}
 _LINK = {**_LOOK, "run": ("link", "cyan")}  # the same as in a run above it
@@ -29,7 +29,7 @@ def show(planned: Sequence[Planned], *, as_json: bool, tokens_per_second: float 
     if as_json:
         emit([as_data(run, steps) | {"cost": asdict(each)} for (run, steps), each in zip(planned, costs, strict=True)])
         return
-    progress.talk(_table(planned))
+    _show_table(planned)
     for line in summary(planned, cost.total(costs)):
         progress.say(line)
 
@@ -64,21 +64,29 @@ def show_failures(failures: Sequence[tuple[Run, Exception]]) -> None:
         progress.complain(f"Failed: {run.spec.model} {run.paths.directory.name}: {error}")
 
 
-def _table(planned: Sequence[Planned]) -> Table:
+def _show_table(planned: Sequence[Planned]) -> None:
+    """One line per run; what all runs share, and stages that none has, take no column."""
+    from emo_select.cli.columns import Column, show
     from emo_select.pipeline.adopt import twin_key
 
-    table = Table(title="Plan", title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for name in ("model", "task", "keep-k", "method"):
-        table.add_column(name, no_wrap=name in ("keep-k", "method"))
-    for step in planned[0][1]:
-        table.add_column(step.stage)
+    names = {run: (run.spec.model, run.spec.task, str(run.spec.keep_k), run.spec.method) for run, _ in planned}
+    apart = [n for n in range(4) if n == 1 or len({each[n] for each in names.values()}) > 1]
+    shared = [next(iter(names.values()))[n] for n in range(4) if n not in apart]
+    stages = [n for n, _ in enumerate(planned[0][1]) if any(steps[n].action != "skip" for _, steps in planned)]
+    rows: list[list[Text]] = []
     seen: set[str] = set()
     for run, steps in planned[:SHOWN]:
-        spec, key = run.spec, twin_key(run.spec, keeps_all=run.keeps_all)
+        key = twin_key(run.spec, keeps_all=run.keeps_all)
         look = _LINK if key in seen else _LOOK
         seen.add(key)
-        cells = [Text(text) for text in (spec.model, spec.task, str(spec.keep_k), spec.method)]
-        table.add_row(*cells, *(Text(*look[step.action.value]) for step in steps))
+        rows.append([Text(names[run][n]) for n in apart] + [Text(*look[steps[n].action.value]) for n in stages])
+    columns = [*(HEADS[n] for n in apart), *(planned[0][1][n].stage for n in stages)]
+    show([Column(name, right=name == "keep-k") for name in columns], rows, talk=True,
+         title="Plan" + (f" for {', '.join(_said(shared, apart))}" if shared else ""))
     if len(planned) > SHOWN:
-        table.add_row(Text(f"… {len(planned) - SHOWN} more", style="dim"))
-    return table
+        progress.say(f"… {len(planned) - SHOWN} more")
+
+
+def _said(shared: Sequence[str], apart: Sequence[int]) -> list[str]:
+    return [f"keep-k {text}" if n == 2 else text
+            for n, text in zip((n for n in range(4) if n not in apart), shared, strict=True)]

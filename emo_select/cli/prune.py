@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emo_select.cli import common
+from emo_select.cli import common, completion
 from emo_select.cli.common import OUTPUT, RUN
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ def register(app: typer.Typer) -> None:
 
 
 def prune(
-    selection: Annotated[Path, typer.Argument(help="A run directory, or a selection.json.")],
+    selection: Annotated[Path, typer.Argument(help="A run directory, or a selection.json.",
+                                               autocompletion=completion.runs)],
     model: Annotated[str | None, typer.Option("--model", "-m", show_default="the one selected on", rich_help_panel=RUN,
                                               help=common.MODEL_HELP)] = None,
     revision: common.Revision = None,

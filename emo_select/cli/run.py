@@ -6,15 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emo_select.cli import common, training
+from emo_select.cli import common, completion, runconfig, training
 from emo_select.cli.common import MACHINE, RUN, SCORE
 from emo_select.cli.training import Settings
 
 if TYPE_CHECKING:
     from emo_select.pipeline import Run
 
-Stages = Annotated[str, typer.Option("--stages", help="Only these, comma-separated.", rich_help_panel=RUN)]
-Force = Annotated[str, typer.Option("--force", help="Stages to do again, comma-separated.", rich_help_panel=RUN)]
+LENGTHS = ("calibration", "training", "evaluation")
+Stages = Annotated[str, typer.Option("--stages", help="Only these, comma-separated.", rich_help_panel=RUN,
+                                         autocompletion=completion.stages)]
+Force = Annotated[str, typer.Option("--force", help="Stages to do again, comma-separated.", rich_help_panel=RUN,
+                                        autocompletion=completion.stages)]
 
 
 def register(app: typer.Typer) -> None:
@@ -25,6 +28,7 @@ def register(app: typer.Typer) -> None:
 @training.spread
 def run(
     *,
+    config: runconfig.Config = None,
     model: common.Models,
     revision: common.Revision = None,
     task: common.Tasks,
@@ -36,7 +40,8 @@ def run(
     seed: common.Seed = 0,
     num_shots: common.NumShots = None,
     calibration: common.CalibrationFile = None,
-    score: Annotated[str, typer.Option(help="What layerwise ranks by.", rich_help_panel=common.CALIBRATE)] = (
+    score: Annotated[str, typer.Option(
+        help="What layerwise ranks by.", rich_help_panel=common.CALIBRATE, autocompletion=completion.scores)] = (
         "router_probability"
     ),
     recipe: Settings,
@@ -68,17 +73,21 @@ def run(
 
     Every list option takes several values, repeated or comma-separated, and the command runs their product:
 
-    [dim]emo-select run --model demo/emo --task demo --keep-k 25%,12.5% --method layerwise,random[/dim]
+    emo-select run --model demo/emo --task demo --keep-k 25%,12.5% --method layerwise,random
     """
+    left = runconfig.without_option(config)
+    machine |= left.pop("execution", {})
+    from emo_select.spec import merge
+
     settings: dict[str, Any] = {
         "score": score,
         "calibration": {"num_examples": num_examples, "seed": seed, "num_shots": num_shots, "file": calibration},
         "training": {**recipe, "lora": adapters},
         "evaluation": {"num_shots": eval_shots, "limit": limit},
     }
+    settings = merge(settings, left)
     if max_length is not None:
-        for part in ("calibration", "training", "evaluation"):
-            settings[part]["max_length"] = max_length
+        settings = merge(settings, {part: {"max_length": max_length} for part in LENGTHS})
     machine |= {"num_gpus": common.only_process(machine["num_gpus"]), "device": device, "dtype": dtype,
                 "memory_budget": memory_budget, "data_dir": data_dir, "trust_remote_code": trust_remote_code,
                 "plots": plots}

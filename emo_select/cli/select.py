@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emo_select.cli import common
+from emo_select.cli import common, completion
 from emo_select.cli.common import CALIBRATE, MACHINE, OUTPUT, RUN
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 PANEL = "Single stages"
 TaskNames = Annotated[list[str] | None, typer.Option(
     "--task", "-t", help="Task or group; see `emo-select tasks`. With weights, such as a:2 and b:1, they are mixed.",
-    rich_help_panel=RUN)]
-Score = Annotated[str, typer.Option("--score", rich_help_panel=RUN, help=(
+    rich_help_panel=RUN, autocompletion=completion.tasks)]
+Score = Annotated[str, typer.Option("--score", rich_help_panel=RUN, autocompletion=completion.scores, help=(
     "What layerwise ranks by: router_probability, frequency, gate_mass, easy_ep, ean or reap."))]
 NumShared = Annotated[int | None, typer.Option("--num-shared", min=0, show_default="all", rich_help_panel=RUN,
                                                help="Shared experts kept per layer.")]
@@ -53,7 +53,8 @@ def register(app: typer.Typer) -> None:
 
 
 def activations(
-    model: Annotated[str, typer.Option("--model", "-m", help=common.MODEL_HELP, rich_help_panel=RUN)],
+    model: Annotated[str, typer.Option("--model", "-m", help=common.MODEL_HELP, rich_help_panel=RUN,
+                                        autocompletion=completion.models)],
     revision: common.Revision = None,
     task: TaskNames = None,
     num_examples: common.NumExamples = None,
@@ -360,9 +361,9 @@ def _show(found: dict[str, KeepSet]) -> None:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows):
-        typer.echo("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    from emo_select.cli.columns import Column, show
+
+    show([Column(name) for name in header], rows)
 
 
 def _number(value: float | None) -> str:

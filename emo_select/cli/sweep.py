@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from emo_select.cli import common
+from emo_select.cli import common, completion
 from emo_select.cli.common import MACHINE, OUTPUT, RUN
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 SITE = "Slurm"
 Executor = Literal["slurm", "local"]
 Keep = Literal["none", "last", "all"]
-File = Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep file, or the name of a sweep of this tree.")]
+File = Annotated[str, typer.Argument(metavar="SWEEP", autocompletion=completion.sweeps,
+                                      help="A sweep file, or the name of a shipped sweep or of one of this tree.")]
 ExecutorOption = Annotated[Executor | None, typer.Option("--executor", show_default="slurm", rich_help_panel=MACHINE,
                                                          help="slurm, or local: workers on this machine.")]
 ProfileName = Annotated[str | None, typer.Option("--profile", "-p", rich_help_panel=MACHINE,
@@ -204,11 +205,13 @@ def _control(sweep: str, output_dir: str | None, keep_weights: Keep | None = Non
     from emo_select.sweeps import store
     from emo_select.sweeps.control import Control
     from emo_select.sweeps.profile import load_profile
-    from emo_select.sweeps.spec import read_sweep
+    from emo_select.sweeps.spec import read_sweep, sweep_file
     from emo_select.tree import Tree
 
     tree = Tree.at(output_dir)
-    spec = read_sweep(Path(sweep)) if sweep.endswith((".yaml", ".yml")) else store.load_submission(tree, sweep).sweep
+    submitted = not sweep.endswith((".yaml", ".yml")) and tree.sweep(sweep).record.exists()
+    file = None if submitted else sweep_file(sweep)
+    spec = store.load_submission(tree, sweep).sweep if file is None else read_sweep(file)
     before = store.load_submission(tree, spec.name) if tree.sweep(spec.name).record.exists() else None
     if data_dir is not None:
         spec = spec.model_copy(update={"execution": {**spec.execution, "data_dir": data_dir}})

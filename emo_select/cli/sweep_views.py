@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emo_select import progress
+from emo_select.cli.columns import Column, build, show
 from emo_select.errors import EmoSelectError
 from emo_select.sweeps import estimate, states
 from emo_select.sweeps.bench import pending
@@ -59,12 +60,10 @@ def show_plan(found: dict[str, Any]) -> None:
     typer.echo(f"{found['sweep']}: {runs['all']} run{plural}, {runs['done']} done, {runs['to_do']} to do")
     for reason, count in list(found["reasons"].items())[:SHOWN]:
         typer.echo(f"  {count} × {reason}")
-    table = _table("units", "all", "to do", "for runs")
-    for kind, counts in units.items():
-        table.add_row(kind, str(counts["all"]), str(counts["to_do"]), str(counts["runs"]))
-    _print(table)
+    _table(["units", "all", "to do", "for runs"],
+           [[kind, str(counts["all"]), str(counts["to_do"]), str(counts["runs"])] for kind, counts in units.items()])
     if runs["to_do"] > cost["unknown"]:
-        _print(_cost_table(cost, alone))
+        _show_costs(cost, alone)
         typer.echo(f"Disk: {_bytes(found['disk_bytes'])} with --keep-weights {found['keep_weights']}. "
                    f"Time: {_time(found['seconds'])}.")
     if cost["unknown"]:
@@ -83,7 +82,7 @@ def status_data(control: Control, standings: Sequence[Standing]) -> dict[str, An
 
 def show_status(control: Control, standings: Sequence[Standing]) -> None:
     """Print one line per state, and what failed, why, and where its log is."""
-    _print(_state_table(standings))
+    _table(*_state_rows(standings))
     troubled = [standing for standing in standings if standing.state in TROUBLE]
     for standing in troubled[:SHOWN]:
         log = states.log_of(control.paths, standing)
@@ -140,12 +139,10 @@ def print_log(control: Control, text: str, lines: int) -> None:
 
 def show_report(found: dict[str, Any]) -> None:
     """Print what a sweep has cost."""
-    table = _table("cost", "units", "attempts", "not done", "time", "GPU time", "tokens", "peak memory")
-    for kind, sums in (*found["kinds"].items(), ("total", found["total"])):
-        table.add_row(kind, str(sums["units"]), str(sums["attempts"]), str(sums["not_done"]),
-                      _duration(sums["seconds"]), _duration(sums["gpu_seconds"]), f"{sums['tokens']:,}",
-                      _bytes(sums["peak_memory"]))
-    _print(table)
+    _table(["cost", "units", "attempts", "not done", "time", "GPU time", "tokens", "peak memory"],
+           [[kind, str(sums["units"]), str(sums["attempts"]), str(sums["not_done"]), _duration(sums["seconds"]),
+             _duration(sums["gpu_seconds"]), f"{sums['tokens']:,}", _bytes(sums["peak_memory"])]
+            for kind, sums in (*found["kinds"].items(), ("total", found["total"]))])
     for name in ("hosts", "gpus", "commits"):
         if found[name]:
             typer.echo(f"{name}: " + ", ".join(f"{value} ({count})" for value, count in found[name].items()))
@@ -187,16 +184,16 @@ def _reason(control: Control, run: Any) -> str:
     return next(f"{step.stage}: {step.reason}" for step in steps if step.action.value == "run")
 
 
-def _cost_table(cost: dict[str, int], alone: dict[str, int]) -> Table:
-    table = _table("left to do", "", "shared", "each run alone", "saved")
-    names = {"selection_tokens": "tokens, selection", "training_tokens": "tokens, training (forward and backward)",
+def _show_costs(cost: dict[str, int], alone: dict[str, int]) -> None:
+    rows = []
+    names = {"selection_tokens": "tokens, selection", "training_tokens": "tokens, training (both ways)",
              "evaluation_tokens": "tokens, evaluation", "bytes_read": "weights read",
              "bytes_written": "weights written"}
     for key, name in names.items():
         written = _bytes if key.startswith("bytes") else "{:,}".format
         saved = f"{1 - cost[key] / alone[key]:.0%}" if alone[key] else ""
-        table.add_row(name, written(cost[key]), written(alone[key]), saved)
-    return table
+        rows.append([name, written(cost[key]), written(alone[key]), saved])
+    _table(["left to do", "shared", "each run alone", "saved"], rows)
 
 
 def _bytes(number: int) -> str:
@@ -204,13 +201,19 @@ def _bytes(number: int) -> str:
 
 
 def _state_table(standings: Sequence[Standing]) -> Table:
-    table = _table("state", "units", *KINDS)
+    names, rows = _state_rows(standings)
+    return build([Column(name, right=number > 0) for number, name in enumerate(names)],
+                 [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows])
+
+
+def _state_rows(standings: Sequence[Standing]) -> tuple[list[str], list[list[str | Text]]]:
+    rows: list[list[str | Text]] = []
     for state in State:
         those = [standing for standing in standings if standing.state is state]
         if those:
             per_kind = [str(sum(standing.unit.kind == kind for standing in those) or "") for kind in KINDS]
-            table.add_row(Text(state.value, STYLES.get(state, "")), str(len(those)), *per_kind)
-    return table
+            rows.append([Text(state.value, STYLES.get(state, "")), str(len(those)), *per_kind])
+    return ["state", "units", *KINDS], rows
 
 
 def _counts(standings: Iterable[Standing]) -> dict[str, int]:
@@ -226,17 +229,8 @@ def _standing_data(control: Control, standing: Standing) -> dict[str, Any]:
             "attempt": standing.attempt.model_dump(mode="json") if standing.attempt else None}
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    return table
-
-
-def _print(table: Table) -> None:
-    from rich.console import Console
-
-    Console(file=sys.stdout).print(table)
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
+    show([Column(name, right=number > 0) for number, name in enumerate(columns)], rows)
 
 
 def _duration(seconds: float) -> str:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 SHOWN = 2  # prompts that `tasks check` prints
 LAST_CHARACTERS = 1200  # of each; few-shot blocks can be long
-COLUMNS = ("task", "group", "kind", "shots", "metric", "train", "test", "data", "here")
+COLUMNS = {"task": 0, "group": 0, "kind": 3, "shots": 0, "metric": 0, "train": 1, "test": 1, "data": 4, "here": 0}
+"""What `tasks` lists, and what goes first where the terminal is narrow (see `columns.Column`)."""
 
 app = typer.Typer(help="List the tasks, or check a task file of your own.", invoke_without_command=True)
 
@@ -42,7 +43,7 @@ def list_all(
     rows = [_row(task) for task in (get_tasks([group], data_dir) if group else list_tasks(data_dir))]
     if as_json:
         return emit(rows)
-    _print_columns([dict(zip(COLUMNS, COLUMNS, strict=True)), *rows])
+    _print_columns(rows)
     return None
 
 
@@ -56,11 +57,11 @@ def _row(task: Task) -> dict[str, Any]:
 
 
 def _print_columns(rows: Sequence[dict[str, Any]]) -> None:
+    from emo_select.cli.columns import Column, show
+
     words = {"True": "yes", "False": "no", "None": "-"}
-    cells = [[words.get(str(row[key]), str(row[key])) for key in COLUMNS] for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
-    for line in cells:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    show([Column(name, name in ("shots", "train", "test"), rank) for name, rank in COLUMNS.items()],
+         [[words.get(str(row[key]), str(row[key])) for key in COLUMNS] for row in rows])
 
 
 @app.command()

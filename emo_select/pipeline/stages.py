@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from emo_select import progress, record
 from emo_select.errors import EmoSelectError
 from emo_select.faults import require_writable, translated
+from emo_select.pipeline import runfile
 from emo_select.pipeline.adopt import adopt, twin_key
 from emo_select.pipeline.plan import Action, Step, downstream, evaluated_steps, plan
 from emo_select.pipeline.runs import Run, checkpoint_fingerprint
@@ -72,6 +73,8 @@ def execute(run: Run, steps: Sequence[Step]) -> None:
     """Do the steps of one run that are marked; each is recorded as soon as its files are in place."""
     require_writable(run.paths.directory, "--output-dir")
     with exclusive(run.paths.lock), _threads_for(run):
+        if _has_work(steps):
+            runfile.store(run)
         for step in steps:
             if step.action is Action.RUN:
                 with translated(f"The stage {step.stage} stopped", run.paths.directory):

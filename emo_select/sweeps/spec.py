@@ -25,9 +25,10 @@ from pydantic import Field, field_validator
 
 from emo_select import progress
 from emo_select.errors import SpecError
-from emo_select.spec import Execution, Frozen, RunSpec, checked, keep_k_of, keep_ks_in, listed, parse_keep_k
+from emo_select.spec import Execution, Frozen, RunSpec, checked, keep_k_of, keep_ks_in, listed, merge, parse_keep_k
 from emo_select.textfile import read_yaml_mapping
 
+SHIPPED = Path(__file__).parent / "shipped"
 One = str | int | bool
 Many = tuple[One, ...]
 
@@ -99,6 +100,19 @@ class SweepRun(Frozen):
     execution: Execution = Execution()
     keeps_all: bool = False
     """Whether it is known to keep all experts, so that its method does not matter."""
+
+
+def shipped_names() -> list[str]:
+    """Names of the sweeps that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def sweep_file(name: str) -> Path | None:
+    """The file that is meant by a path, or by the name of a shipped sweep (main, sweeps/main.yaml); else None."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") and (path.exists() or path.stem not in shipped_names()):
+        return path
+    return SHIPPED / f"{path.stem}.yaml" if path.stem in shipped_names() else None
 
 
 def read_sweep(path: Path) -> SweepSpec:
@@ -252,16 +266,6 @@ def _keeps_all(spec: RunSpec, experts: Experts) -> bool:
         return False
     total = experts.of(spec.model)
     return total is not None and spec.keep_k >= total
-
-
-def merge(base: dict[str, Any], *layers: dict[str, Any]) -> dict[str, Any]:
-    """Lay mappings over each other; mappings inside are merged, everything else is replaced."""
-    merged = dict(base)
-    for layer in layers:
-        for key, value in layer.items():
-            old = merged.get(key)
-            merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
 
 
 def _matches_one(spec: RunSpec, key: str, wanted: One | Many, experts: Experts) -> bool:
