@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from emo_select.faults import require_writable
 from emo_select.cli import completion
+from emo_select.faults import require_writable
 
 DATA_DIR_VARIABLE = "EMO_SELECT_DATA_DIR"
 
