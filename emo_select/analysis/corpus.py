@@ -155,14 +155,15 @@ def tokenised(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, sampling
     return found
 
 
-def say_taken(corpus: Corpus, sampling: Sampling) -> None:
-    """One line on what was taken, and one on documents that are shorter than asked."""
+def say_taken(corpus: Corpus, most: int | None, doc_tokens: int) -> None:
+    """What was taken, at most `most` documents of each label, and what is short or alone."""
     counts = corpus.counts()
-    cap = "" if sampling.per_label is None else f", at most {sampling.per_label} of each"
-    progress.say(f"{len(corpus.documents):,} documents of {len(counts)} labels{cap}; {len(corpus.tokens):,} tokens.")
-    short = sum(len(ids) < sampling.doc_tokens for ids in corpus.token_ids)
+    cap = "" if most is None else f", at most {most} of each"
+    what = f"{len(counts)} {corpus.label_key}{'s' if len(counts) != 1 else ''}{cap}"
+    progress.say(f"{len(corpus.documents):,} documents of {what}; {len(corpus.tokens):,} tokens.")
+    short = sum(len(ids) < doc_tokens for ids in corpus.token_ids)
     if short:
-        progress.say(f"{short:,} of them have fewer than {sampling.doc_tokens} tokens and were taken whole.")
+        progress.say(f"{short:,} of them have fewer than {doc_tokens} tokens and were taken whole.")
     alone = [label for label, count in counts.items() if count == 1]
     if alone:
         more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""

@@ -291,14 +291,17 @@ def nearest_places(values: Floats, assignments: NDArray[np.int32], k: int, count
     return found
 
 
+SWEEP_HEADER = ("k", "mean cosine", "stable", "silhouette", "smallest", "largest")
+
+
 def sweep_table(fits: Sequence[FitFolder]) -> list[list[str]]:
     """A row per fit: k, objective, stability, silhouette (cosine), smallest and largest cluster."""
     rows = []
     for one in fits:
         info, quality = one.info, one.info.quality
         rows.append([str(info.k), f"{info.objective:.4f}", _number(info.stability), _number(
-            quality.get("silhouette_cosine")), f"{quality.get('cluster_size_min', info.rows):,}",
-            f"{quality.get('cluster_size_max', info.rows):,}"])
+            quality.get("silhouette_cosine")), f"{quality.get('cluster_size_min', info.rows):,.0f}",
+            f"{quality.get('cluster_size_max', info.rows):,.0f}"])
     return rows
 
 

@@ -43,6 +43,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from emo_select.errors import CheckpointError, SpecError
 from emo_select.spec import Frozen
+from emo_select.textfile import read_yaml
 from emo_select.tree import read_json, write_bytes, write_json
 
 DEFAULT_ROOT = "cluster_eval_final"
@@ -428,15 +429,14 @@ def write_names(fit: Path, names: Mapping[int, ClusterName]) -> None:
 
 
 def _yaml_names(file: Path) -> dict[int, ClusterName]:
-    import yaml
-
     if not file.exists():
         return {}
+    rows = read_yaml(file, CheckpointError) or {}
     try:
-        rows = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         return {int(number): ClusterName.model_validate(_as_name(row)) for number, row in rows.items()}
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{file} cannot be read ({' '.join(str(error).split())}); correct it.") from None
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{file} must have `label` and `category` below the number of each cluster "
+                              f"({' '.join(str(error).split())}).") from None
 
 
 def _published_names(file: Path) -> dict[int, ClusterName]:

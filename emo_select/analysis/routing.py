@@ -301,9 +301,9 @@ def _describe_rows(folder: Path, corpus: Corpus) -> None:
     write_array(folder / "bounds.npy", corpus.bounds)
 
 
-def same_tokenizer(infos: Sequence[RoutingInfo]) -> None:
-    """SpecError unless all models cut texts into the same tokens."""
-    other = next((info for info in infos[1:] if info.tokenizer_fingerprint != infos[0].tokenizer_fingerprint), None)
+def require_same_tokenizer(models: Sequence[tuple[str, str]]) -> None:
+    """SpecError unless all models, (name, tokenizer fingerprint), cut texts into the same tokens."""
+    other = next((name for name, fingerprint in models[1:] if fingerprint != models[0][1]), None)
     if other is not None:
-        raise SpecError(f"{infos[0].model} and {other.model} have different tokenizers, so their tokens cannot be "
-                        "compared; analyse them one by one.")
+        raise SpecError(f"{models[0][0]} and {other} have different tokenizers, so their tokens cannot be compared; "
+                        "analyse them one by one.")

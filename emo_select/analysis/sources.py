@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from emo_select.analysis.tokenfiles import (
     unreachable,
 )
 from emo_select.errors import SpecError
+from emo_select.textfile import BOM, parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -276,31 +277,29 @@ def _domains(system: Any, path: str) -> dict[str, tuple[NDArray[Any], Sequence[s
 
 
 def _json_lines(system: Any, path: str) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(_text_lines(system, path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise SpecError(f"Line {number} of {path} is not JSON ({error}).") from None
+    for number, line in _text_lines(system, path):
+        row = parse_json(line, f"{path}, line {number}", SpecError)
         if not isinstance(row, dict):
-            raise SpecError(f"Line {number} of {path} is not a JSON object.")
+            raise SpecError(f"{path}, line {number} is not a JSON object.")
         yield row
 
 
 def _lines(system: Any, path: str) -> Iterator[Mapping[str, Any]]:
-    for line in _text_lines(system, path):
-        if line.strip():
-            yield {"text": line.rstrip("\n")}
+    for _, line in _text_lines(system, path):
+        yield {"text": line}
 
 
-def _text_lines(system: Any, path: str) -> Iterator[str]:
+def _text_lines(system: Any, path: str) -> Iterator[tuple[int, str]]:
+    """(number, line) of every line that is not blank, as a stream; only a newline ends a line."""
     try:
-        with system.open(path, "rb") as raw, io.TextIOWrapper(_unpacked(raw, path), encoding="utf-8") as lines:
-            yield from lines
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{path} is not UTF-8 text (byte {error.start}).") from None
-    except OSError as error:
+        with system.open(path, "rb") as raw:
+            for number, line in enumerate(_unpacked(raw, path), 1):
+                text = line.removeprefix(BOM if number == 1 else b"").decode().rstrip("\r\n")
+                if text.strip():
+                    yield number, text
+    except UnicodeDecodeError:
+        raise SpecError(f"{path} is not UTF-8 text; convert the file to UTF-8.") from None
+    except (OSError, EOFError, zlib.error) as error:
         raise unreachable(path, error) from None
 
 
