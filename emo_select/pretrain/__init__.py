@@ -1,4 +1,4 @@
-"""The EMO training objective, and the training of the demo models. Importing this imports no torch."""
+"""Pretraining: the EMO objective, recipes, the engine, the demo's training. Importing this imports no torch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from emo_select.pretrain.config import PretrainConfig, read_config
-    from emo_select.pretrain.objective import Batch, EmoObjective, Losses
-    from emo_select.pretrain.trainer import pretrain
+    from emo_select.pretrain.demo.config import PretrainConfig, read_config
+    from emo_select.pretrain.demo.trainer import pretrain
+    from emo_select.pretrain.model_objective import Batch, EmoObjective, Losses
 
 _LAZY = {
-    "Batch": "objective",
-    "EmoObjective": "objective",
-    "Losses": "objective",
-    "PretrainConfig": "config",
-    "pretrain": "trainer",
-    "read_config": "config",
+    "Batch": "model_objective",
+    "EmoObjective": "model_objective",
+    "Losses": "model_objective",
+    "PretrainConfig": "demo.config",
+    "pretrain": "demo.trainer",
+    "read_config": "demo.config",
 }
 
 __all__ = ["Batch", "EmoObjective", "Losses", "PretrainConfig", "pretrain", "read_config"]

@@ -1,240 +1,203 @@
-"""The EMO training objective: all tokens of a document share a pool of experts (arXiv 2605.06663, section 3).
+"""The EMO objective as formulas (arXiv 2605.06663, section 3): plain torch, no engine and no model around it.
 
-Per document and layer the softmax over the routed experts is averaged over the document's tokens; the d most likely
-experts are the pool; the other routed logits become -inf before the softmax and the top-k. d is drawn per document.
-The shared experts stand outside of this.
+All tokens of a document draw their experts from one pool. Per layer and document, the softmax over the routed experts
+is summed over the document's tokens; the d most likely experts are the pool; the other routed logits become -inf
+before the softmax and the top-k of each token. Shared experts stand outside and weigh 1 each. d is uniform on
+{smallest, …, largest} in training and fixed in evaluation.
 
-Shapes: B rows, S positions, T = B·S tokens, N documents, R routed experts of a layer, K of them chosen per token,
-L MoE layers.
+Defaults are the published behaviour, oddities included; where we decide otherwise it takes a named switch.
+
+Shapes: B rows, S positions, T = B·S tokens of a micro-batch on one rank, N documents, E experts of a layer, R routed
+of them (the first), s = E - R shared (the last), K experts per token including the shared, k = K - s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from emo_select.errors import ModelError, SpecError
-
-if TYPE_CHECKING:
-    from emo_select.models.emo import EmoForCausalLM, EmoRouter
+from emo_select.errors import SpecError
 
 IGNORED = -100  # the label that no loss counts
 
+Balance = Literal["global", "local"]
 
-class Batch(NamedTuple):
-    """Tokens of one step on one rank.
 
-    `input_ids` and `labels` are (B, S), labels unshifted and -100 where not trained. `documents` (B, S) numbers the
-    document of each token from 0 within the batch, in any order, -1 for padding; a row may hold several documents.
+def document_numbers(input_ids: Tensor, eos: int, *, after_eos: bool = False) -> Tensor:
+    """(B, S) token ids → number of each token's document, (B, S), counted on through the rows from 0.
+
+    A document starts at every EOS but one in position 0: as published, an EOS is the first token of the next
+    document. With `after_eos` it is the last of its own, as in the attention's masking. Rows never share a document,
+    and padding belongs to the last one of its row.
     """
-
-    input_ids: Tensor
-    labels: Tensor
-    documents: Tensor
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Scalars of one step. `total` has the gradient; its mean over the ranks is the loss of the global batch.
-
-    `entropy` is the mean over tokens and layers of the entropy (nats) of the routed softmax after the pool;
-    `peak_load` the largest share of choices of one expert, times R, averaged over layers (1 is perfectly balanced).
-    """
-
-    total: Tensor
-    cross_entropy: Tensor
-    balance: Tensor
-    z: Tensor
-    entropy: Tensor
-    peak_load: Tensor
+    starts = input_ids == eos
+    if after_eos:
+        starts = F.pad(starts[:, :-1], (1, 0))
+    starts[:, 0] = True
+    return (starts.flatten().cumsum(0) - 1).view_as(input_ids)
 
 
-def draw_pool_sizes(documents: int, smallest: int, largest: int, generator: torch.Generator) -> Tensor:
-    """One size per document, uniform on {smallest, …, largest}: (N,) on the CPU."""
-    return torch.randint(smallest, largest + 1, (documents,), generator=generator)
+def documents_per_row(numbers: Tensor) -> list[int]:
+    """How many documents each row of `document_numbers` has: B whole numbers."""
+    last = numbers[:, -1].tolist()
+    return [now - before for now, before in zip(last, [-1, *last], strict=False)]
 
 
-def document_means(probabilities: Tensor, documents: Tensor, count: int) -> Tensor:
-    """Mean over each document's tokens: (T, R) and document numbers (T,) → (N, R). Padding (-1) counts nowhere."""
-    real = documents >= 0
-    sums = probabilities.new_zeros(count, probabilities.shape[-1])
-    sums = sums.index_add(0, documents[real], probabilities[real])
-    tokens = torch.bincount(documents[real], minlength=count).clamp(min=1)
-    return sums / tokens[:, None]
+def evaluation_size(smallest: int, largest: int, given: int | None = None) -> int:
+    """The pool size of evaluation: `given`, else the middle of the training range."""
+    return (smallest + largest) // 2 if given is None else given
 
 
-def document_pools(means: Tensor, sizes: Tensor) -> Tensor:
+def check_pool(smallest: int, largest: int, routed_per_token: int) -> None:
+    """Raise `SpecError` where a pool could not hold the k routed experts of each token."""
+    if not routed_per_token <= smallest <= largest:
+        raise SpecError(f"Pool sizes {smallest} to {largest} do not fit: the smallest must be at least the "
+                        f"{routed_per_token} routed experts that each token uses, and not above the largest.")
+
+
+def document_sums(probability: Tensor, documents: Tensor, count: int) -> Tensor:
+    """Sum over each document's tokens: (T, R) and numbers (T,) → (N, R). Tokens numbered -1 count nowhere."""
+    kept = documents.clamp(min=0)
+    weighed = probability * (documents >= 0)[:, None]
+    return probability.new_zeros(count, probability.shape[-1]).index_add_(0, kept, weighed)
+
+
+def document_pools(sums: Tensor, sizes: Tensor) -> Tensor:
     """The `sizes[n]` most likely experts of each document: (N, R) and (N,) → boolean (N, R); ties take the lower."""
-    ranks = means.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    ranks = sums.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return ranks < sizes.to(ranks.device)[:, None]
 
 
-class _LayerPool:
-    """The `pool` of one router during one step; remembers the routed logits that it saw."""
+def pool_of_tokens(logits: Tensor, documents: Tensor, sizes: Tensor) -> Tensor:
+    """Which experts each token may use: routed logits (T, R), numbers (T,), sizes (N,) → boolean (T, R).
 
-    def __init__(self, documents: Tensor, sizes: Tensor | None) -> None:
-        self.documents, self.sizes = documents, sizes
-        self.logits: Tensor | None = None
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Routed logits (T, R) → which experts each token may use; padding may use all."""
-        allowed = self._allowed(logits.detach())
-        self.logits = logits.float().masked_fill(~allowed, float("-inf"))
-        return allowed
-
-    def _allowed(self, logits: Tensor) -> Tensor:
-        if self.sizes is None:
-            return torch.ones_like(logits, dtype=torch.bool)
-        means = document_means(F.softmax(logits, dim=-1, dtype=torch.float), self.documents, len(self.sizes))
-        pools = document_pools(means, self.sizes)
-        return pools[self.documents.clamp(min=0)] | (self.documents < 0)[:, None]
+    Tokens numbered -1 may use all. There is no gradient through the choice.
+    """
+    probability = F.softmax(logits.detach(), dim=-1, dtype=torch.float)
+    pools = document_pools(document_sums(probability, documents, len(sizes)), sizes)
+    return pools[documents.clamp(min=0)] | (documents < 0)[:, None]
 
 
-class _Routing(NamedTuple):
-    """What the auxiliary losses need of one layer, over the real tokens of this rank."""
+def sizes_by_probability(logits: Tensor, documents: Tensor, top_p: float, smallest: int, largest: int) -> Tensor:
+    """Pool sizes (N,) of the top-p ablation: the fewest experts whose mean probability in the document reaches top_p.
 
-    counts: Tensor  # (R,) choices per expert
-    probability: Tensor  # (R,) sum of the softmax after the pool
-    z: Tensor  # sum of squared log-sum-exps of the pool's logits
-    entropy: Tensor  # sum of entropies
-    top_k: int
+    Routed logits (T, R) and document numbers (T,). Sizes are kept within {smallest, …, largest}.
+    """
+    probability = F.softmax(logits.detach(), dim=-1, dtype=torch.float)
+    count = int(documents.max()) + 1
+    sums = document_sums(probability, documents, count)
+    reached = (sums / sums.sum(-1, keepdim=True)).sort(-1, descending=True).values.cumsum(-1)
+    return ((reached < top_p).sum(-1) + 1).clamp(smallest, largest)
 
 
-@dataclass(eq=False)
-class EmoObjective:
-    """Loss of an EMO model on one batch: cross entropy + balance_weight · balance + z_weight · z.
+class Routing(NamedTuple):
+    """What one router decides for T tokens. `logits` and `probability` are those of the routed experts in the pool.
 
-    `pool_sizes` (smallest, largest) bounds d; None trains a standard MoE. A size above a layer's R means R.
-    With `global_balance` the expert counts of the balance loss are summed over the data-parallel ranks of `group`
-    (default: all), without it each rank balances its own tokens; micro-batches of an accumulated step are balanced
-    one by one. Call it on every rank and average the gradients over the ranks: the result is then that of one rank
-    with all documents.
-
-        with objective(batch, generator) as losses:
-            losses.total.backward()
-
-    Wrap the model for data parallelism as you like and pass the wrapped one as `forward`.
-
-    Raises:
-        ModelError: always-active experts. SpecError: pool sizes that cannot hold the routed top-k.
+    `weights` are the k largest probabilities, not renormalised, then s ones; `experts` their numbers; `counts` (E,)
+    how often each expert was chosen.
     """
 
-    model: EmoForCausalLM
-    pool_sizes: tuple[int, int] | None
-    balance_weight: float = 0.1
-    z_weight: float = 1e-3
-    global_balance: bool = True
-    group: dist.ProcessGroup | None = None
-    forward: torch.nn.Module | None = None
-
-    def __post_init__(self) -> None:
-        from emo_select.models.emo import EmoRouter
-
-        self.routers = [module for module in self.model.modules() if isinstance(module, EmoRouter)]
-        if any(router.always_active for router in self.routers):
-            raise ModelError("Always-active experts cannot be trained with document pools; use shared experts.")
-        if self.pool_sizes is None:
-            return
-        smallest, largest = self.pool_sizes
-        needed = max(router.top_k - router.num_shared for router in self.routers)
-        if not needed <= smallest <= largest:
-            raise SpecError(f"Pool sizes {smallest} to {largest} do not fit: the smallest must be at least the "
-                            f"{needed} routed experts that each token uses, and not above the largest.")
-
-    @contextmanager
-    def __call__(self, batch: Batch, generator: torch.Generator) -> Iterator[Losses]:
-        """The losses of one batch; `generator` (CPU) draws the pool sizes of its documents, in their numbering.
-
-        Call `total.backward()` inside of the `with`: gradient checkpointing routes a second time, with these pools.
-        """
-        sizes = None
-        if self.pool_sizes is not None:
-            count = max(1, int(batch.documents.max()) + 1)  # a rank may have nothing but padding
-            sizes = draw_pool_sizes(count, *self.pool_sizes, generator)
-        with self.with_sizes(batch, sizes) as losses:
-            yield losses
-
-    @contextmanager
-    def with_sizes(self, batch: Batch, sizes: Tensor | None) -> Iterator[Losses]:
-        """As a call, with the pool sizes (N,) given; None leaves all experts to every document."""
-        documents = batch.documents.reshape(-1)
-        with self._pools(documents, sizes) as pools:
-            logits = (self.forward or self.model)(
-                input_ids=batch.input_ids, use_cache=False, output_router_logits=False
-            ).logits
-            layers = [_routing(pool, router, documents >= 0) for pool, router in zip(pools, self.routers, strict=True)]
-            yield self._combine(logits, batch.labels, layers, (documents >= 0).sum())
-
-    @contextmanager
-    def _pools(self, documents: Tensor, sizes: Tensor | None) -> Iterator[list[_LayerPool]]:
-        pools = [_LayerPool(documents, sizes) for _ in self.routers]
-        for router, pool in zip(self.routers, pools, strict=True):
-            router.pool = pool
-        try:
-            yield pools
-        finally:
-            for router in self.routers:
-                router.pool = None
-
-    def _combine(self, logits: Tensor, labels: Tensor, layers: list[_Routing], tokens: Tensor) -> Losses:
-        labels = labels[:, 1:]
-        items = (labels != IGNORED).sum()
-        totals = self._summed([*(layer.counts for layer in layers), tokens[None], items[None]])
-        # per rank, on average
-        all_tokens, all_items = (total.squeeze().clamp(min=1) / self._ranks for total in totals[-2:])
-        nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED,
-                              reduction="sum")
-        cross_entropy = nll / all_items
-        counts = totals[:-2] if self.global_balance else [layer.counts for layer in layers]
-        balance = torch.stack([
-            _balance(layer, count, all_tokens if self.global_balance else tokens.clamp(min=1))
-            for layer, count in zip(layers, counts, strict=True)
-        ]).mean()
-        z = torch.stack([layer.z for layer in layers]).mean() / all_tokens
-        with torch.no_grad():
-            entropy = torch.stack([layer.entropy for layer in layers]).mean() / tokens.clamp(min=1)
-            peak = torch.stack([count.max() / count.sum().clamp(min=1) * len(count) for count in counts]).mean()
-        total = cross_entropy + self.balance_weight * balance + self.z_weight * z
-        return Losses(total, cross_entropy.detach(), balance.detach(), z.detach(), entropy, peak)
-
-    @property
-    def _ranks(self) -> int:
-        return dist.get_world_size(self.group) if dist.is_initialized() else 1
-
-    def _summed(self, values: list[Tensor]) -> list[Tensor]:
-        """Each vector summed over the ranks, in a single collective."""
-        flat = torch.cat([value.detach().double() for value in values])  # exact: these are whole numbers
-        if self._ranks > 1:
-            dist.all_reduce(flat, group=self.group)
-        return list(torch.split(flat.float(), [len(value) for value in values]))
+    logits: Tensor  # (T, R), -inf outside the pool
+    probability: Tensor  # (T, R)
+    weights: Tensor  # (T, K)
+    experts: Tensor  # (T, K)
+    counts: Tensor  # (E,)
 
 
-def _routing(pool: _LayerPool, router: EmoRouter, real: Tensor) -> _Routing:
-    assert pool.logits is not None  # the forward pass has just called it
-    logits = pool.logits[real]
-    log_probability = F.log_softmax(logits, dim=-1)
-    probability = log_probability.exp()
-    top_k = router.top_k - router.num_shared
-    chosen = probability.detach().topk(top_k, dim=-1).indices
-    with torch.no_grad():
-        entropy = -(probability * log_probability.clamp(min=-1e4)).sum()  # 0 · -inf outside of the pool
-    return _Routing(
-        counts=torch.bincount(chosen.flatten(), minlength=logits.shape[-1]),
-        probability=probability.sum(dim=0),
-        z=torch.logsumexp(logits, dim=-1).square().sum(),
-        entropy=entropy,
-        top_k=top_k,
-    )
+def route(logits: Tensor, top_k: int, shared: int, allowed: Tensor | None = None) -> Routing:
+    """Logits of all experts (T, E) in fp32 → `Routing`. The columns of the shared experts have no effect.
+
+    `allowed` (T, R) restricts the routed experts; None is a standard MoE.
+    """
+    experts = logits.shape[-1]
+    routed = logits[:, :experts - shared]
+    if allowed is not None:
+        routed = routed.masked_fill(~allowed, float("-inf"))
+    probability = F.softmax(routed, dim=-1)
+    weights, index = torch.topk(probability, top_k - shared, dim=-1)
+    if shared:
+        last = torch.arange(experts - shared, experts, device=index.device).expand(len(index), shared)
+        weights, index = torch.cat((weights, weights.new_ones(last.shape)), -1), torch.cat((index, last), -1)
+    counts = torch.zeros(experts, dtype=torch.long, device=index.device)
+    counts = counts.index_add(0, index.flatten(), torch.ones_like(index.flatten()))
+    return Routing(routed, probability, weights, index, counts)
 
 
-def _balance(layer: _Routing, counts: Tensor, tokens: Tensor) -> Tensor:
-    """R · Σ_e (share of choices of e) · (mean probability of e); 1 if both are uniform."""
-    shares = counts.to(layer.probability.dtype) / counts.sum().clamp(min=1)
-    return len(counts) * (shares * layer.probability / tokens).sum()
+def balance_loss(mean_probability: Tensor, counts: Tensor, top_k: int, labels: Tensor | float) -> Tensor:
+    """(R/k) · Σ_e counts_e · mean probability_e / labels; 1 if all is uniform and every token has a label.
+
+    `mean_probability` (R,) over the rank's own T positions, after the pool. For the published global balance `counts`
+    (R,) and `labels` are summed over all ranks (`over_ranks`); for local balance they are the rank's own. `labels`
+    counts the whole step although the counts are those of one micro-batch. `top_k` is k, without the shared experts.
+    """
+    routed = len(mean_probability)
+    return routed / top_k * torch.dot(counts.to(mean_probability.dtype), mean_probability) / labels
+
+
+def router_z_loss(logits: Tensor, labels: Tensor | float) -> Tensor:
+    """Σ over tokens of (log-sum-exp of the pool's logits (T, R))² / the rank's labels in the whole step."""
+    return torch.logsumexp(logits, dim=-1).square().sum() / labels
+
+
+def lm_z_loss(logits: Tensor, labels: Tensor, count: Tensor | float) -> Tensor:
+    """Σ over labels that count of (log-sum-exp of all logits)² / `count`; logits (T, V), labels (T,)."""
+    return torch.logsumexp(logits.float(), dim=-1).square()[labels != IGNORED].sum() / count
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | float) -> Tensor:
+    """Σ over labels that count of the negative log-likelihood / `count`; logits (T, V), labels (T,) already shifted."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum") / count
+
+
+def over_ranks(values: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Whole numbers, each a vector or scalar, summed over the ranks in one collective; fp32."""
+    flat = torch.cat([value.detach().reshape(-1).double() for value in values])
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(flat, group=group)
+    parts = torch.split(flat.float(), [value.numel() for value in values])
+    return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+
+
+def entropy(routing: Routing) -> Tensor:
+    """Entropy (nats) of each token's distribution over its pool, (T,)."""
+    return torch.special.entr(routing.probability).sum(-1)
+
+
+@dataclass(frozen=True)
+class PoolSizes:
+    """Draws d for every document and layer, uniform on {smallest, …, largest} including both ends.
+
+    d is derived from (seed, step, micro-batch, rank, layer, row, document) and nothing else, so that a resumed run
+    goes on exactly. `published` takes the default CPU generator instead, layer by layer, row by row, document by
+    document, as the original does; then a resumed run draws other sizes. `same_for_all_layers` gives a document one
+    d; as published every layer draws its own.
+    """
+
+    smallest: int
+    largest: int
+    seed: int = 0
+    published: bool = False
+    same_for_all_layers: bool = False
+
+    def draw(self, documents: Sequence[int], layers: int, *, step: int, micro_batch: int, rank: int) -> Tensor:
+        """Sizes (layers, N) on the CPU for rows with so many documents each."""
+        drawn = 1 if self.same_for_all_layers else layers
+        if self.published:
+            sizes = torch.randint(self.smallest, self.largest + 1, (drawn, sum(documents)))
+        else:
+            place = (self.seed, step, micro_batch, rank)
+            sizes = torch.stack([self._derived(documents, (*place, layer)) for layer in range(drawn)])
+        return sizes.expand(layers, -1)
+
+    def _derived(self, documents: Sequence[int], place: tuple[int, ...]) -> Tensor:
+        import numpy as np
+
+        rows = [np.random.default_rng((*place, row)).integers(self.smallest, self.largest, count, endpoint=True)
+                for row, count in enumerate(documents)]
+        return torch.from_numpy(np.concatenate(rows))

@@ -1,314 +1,244 @@
-"""The EMO objective, property by property, on a real tiny model."""
+"""The formulas against the published router's numbers, case by case, and property by property."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch.nn import functional as F
-
-from emo_select.errors import ModelError, SpecError
-from emo_select.models import EmoConfig, EmoForCausalLM
-from emo_select.models.balancing import load_balancing_loss
-from emo_select.pretrain import Batch, EmoObjective, Losses
-from emo_select.pretrain.objective import document_means, document_pools, draw_pool_sizes
-
-VOCABULARY, ROUTED, TOP_K = 50, 9, 3
-
-
-def tiny_model(**changes) -> EmoForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "num_experts": ROUTED + 1, "num_shared_experts": 1,
-             "num_experts_per_tok": TOP_K + 1, "initializer_range": 0.4, "pad_token_id": 0, "eos_token_id": 1,
-             "max_position_embeddings": 64}
-    return EmoForCausalLM(EmoConfig(**(sizes | changes)))
-
-
-def tiny_batch(rows: int = 4, positions: int = 12, seed: int = 0) -> Batch:
-    ids = torch.randint(2, VOCABULARY, (rows, positions), generator=torch.Generator().manual_seed(seed))
-    return Batch(ids, ids.clone(), torch.arange(rows)[:, None].expand(rows, positions))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def losses_of(objective: EmoObjective, batch: Batch, sizes: list[int] | None = None, seed: int = 0) -> Losses:
-    """With the given sizes, else with drawn ones; the gradients of the total are computed too."""
-    drawn = objective(batch, seeded(seed))
-    with objective.with_sizes(batch, torch.tensor(sizes)) if sizes else drawn as losses:
-        losses.total.backward()
-    return losses
-
-
-def routing_of(model: EmoForCausalLM, objective: EmoObjective, batch: Batch, sizes: list[int]):
-    """Per layer (logits, weights, index) that the routers gave during one objective call."""
-    seen = []
-    hooks = [router.register_forward_hook(lambda _, __, output: seen.append(output)) for router in objective.routers]
-    losses_of(objective, batch, sizes)
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
-# ---- sizes, means, pools
-
-
-def test_sizes_are_uniform_over_the_closed_interval():
-    sizes = draw_pool_sizes(20_000, 3, 7, seeded())
-    shares = torch.bincount(sizes, minlength=8)[3:].float() / len(sizes)
-    assert sizes.min() == 3 and sizes.max() == 7
-    assert torch.allclose(shares, torch.full((5,), 0.2), atol=0.02)
-
-
-def test_sizes_depend_on_the_generator_alone():
-    assert torch.equal(draw_pool_sizes(9, 3, 9, seeded(4)), draw_pool_sizes(9, 3, 9, seeded(4)))
-    assert not torch.equal(draw_pool_sizes(9, 3, 9, seeded(4)), draw_pool_sizes(9, 3, 9, seeded(5)))
-
-
-def test_means_are_per_document_and_leave_padding_out():
-    probabilities = torch.rand(7, 4)
-    documents = torch.tensor([1, 1, 0, -1, 0, 0, -1])
-    means = document_means(probabilities, documents, 2)
-    assert torch.allclose(means[1], probabilities[:2].mean(0))
-    assert torch.allclose(means[0], probabilities[[2, 4, 5]].mean(0))
-
-
-def test_pools_hold_the_likeliest_experts_and_grow_by_inclusion():
-    means = torch.rand(5, ROUTED)
-    smaller = torch.zeros(5, ROUTED, dtype=torch.bool)
-    for size in range(1, ROUTED + 1):
-        pools = document_pools(means, torch.full((5,), size))
-        assert (pools.sum(1) == size).all()
-        assert (smaller <= pools).all()
-        if size < ROUTED:
-            inside = means.masked_fill(~pools, 2).min(1).values
-            assert (inside >= means.masked_fill(pools, -1).max(1).values).all()
-        smaller = pools
-
-
-def test_equal_means_take_the_lower_expert():
-    assert document_pools(torch.full((1, 6), 0.5), torch.tensor([2])).tolist() == [[True, True] + [False] * 4]
-
-
-# ---- routing inside the model
-
-
-def test_tokens_only_use_experts_of_their_documents_pool():
-    model, batch = tiny_model(), tiny_batch()
-    sizes = [3, 4, 5, 9]
-    for logits, _, index in routing_of(model, EmoObjective(model, (3, 9)), batch, sizes):
-        probabilities = F.softmax(logits[:, :ROUTED], -1).view(4, -1, ROUTED)
-        for document, size in enumerate(sizes):
-            pool = set(probabilities[document].mean(0).topk(size).indices.tolist())
-            used = set(index.view(4, -1, TOP_K + 1)[document, :, :TOP_K].flatten().tolist())
-            assert used <= pool
-
-
-def test_weights_are_the_softmax_over_the_pool_and_one_for_the_shared_expert():
-    model, batch = tiny_model(), tiny_batch()
-    for logits, weights, index in routing_of(model, EmoObjective(model, (3, 9)), batch, [3] * 4):
-        pool = F.softmax(logits[:, :ROUTED], -1).view(4, -1, ROUTED).mean(1).topk(3).indices
-        allowed = torch.zeros(4, ROUTED, dtype=torch.bool).scatter(1, pool, True).repeat_interleave(12, 0)
-        expected = F.softmax(logits[:, :ROUTED].masked_fill(~allowed, float("-inf")), -1)
-        assert torch.allclose(weights[:, :TOP_K], expected.gather(1, index[:, :TOP_K]), atol=1e-6)
-        assert torch.allclose(weights[:, :TOP_K].sum(1), torch.ones(len(weights)))  # size 3 = top-3: all of the pool
-        assert (weights[:, TOP_K] == 1).all() and (index[:, TOP_K] == ROUTED).all()
-
-
-def test_pools_differ_between_documents_and_layers():
-    model, batch = tiny_model(), tiny_batch()
-    used = [index.view(4, -1, TOP_K + 1)[..., :TOP_K].flatten(1).sort(1).values.unique(dim=0)
-            for _, _, index in routing_of(model, EmoObjective(model, (3, 9)), batch, [3] * 4)]
-    assert all(len(pools) > 1 for pools in used)
-
-
-def test_documents_packed_into_a_row_have_pools_of_their_own():
-    model = tiny_model()
-    batch = tiny_batch(1, 12)._replace(documents=torch.tensor([[0] * 5 + [1] * 7]))
-    for logits, _, index in routing_of(model, EmoObjective(model, (3, 9)), batch, [3, 4]):
-        for tokens, size in ((slice(0, 5), 3), (slice(5, 12), 4)):
-            pool = F.softmax(logits[tokens, :ROUTED], -1).mean(0).topk(size).indices.tolist()
-            assert set(index[tokens, :TOP_K].flatten().tolist()) <= set(pool)
-
-
-def test_padding_changes_no_loss():
-    model, batch = tiny_model(), tiny_batch()
-    padded = Batch(F.pad(batch.input_ids, (0, 5)), F.pad(batch.labels, (0, 5), value=-100),
-                   F.pad(batch.documents, (0, 5), value=-1))
-    objective, sizes = EmoObjective(model, (3, 9)), [3, 5, 7, 9]
-    plain, longer = losses_of(objective, batch, sizes), losses_of(objective, padded, sizes)
-    for name in ("total", "cross_entropy", "balance", "z", "entropy", "peak_load"):
-        assert torch.allclose(getattr(plain, name), getattr(longer, name), atol=1e-5), name
-
-
-@pytest.mark.parametrize("global_balance", [True, False])
-def test_a_rank_with_nothing_but_padding_has_finite_gradients(global_balance):
-    model, batch = tiny_model(), tiny_batch()
-    empty = Batch(batch.input_ids, torch.full_like(batch.labels, -100), torch.full_like(batch.documents, -1))
-    losses = losses_of(EmoObjective(model, (3, 9), global_balance=global_balance), empty)
-    assert losses.total == 0
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-
-
-def test_a_pool_of_all_experts_is_the_standard_objective():
-    model, batch = tiny_model(), tiny_batch()
-    whole = losses_of(EmoObjective(model, (9, 9)), batch)
-    standard = losses_of(EmoObjective(model, None), batch)
-    assert torch.equal(whole.total, standard.total)
-
-
-def test_the_seam_is_closed_afterwards_even_after_an_error():
-    model, batch = tiny_model(), tiny_batch()
-    objective = EmoObjective(model, (3, 9))
-    losses_of(objective, batch)
-    assert all(router.pool is None for router in objective.routers)
-    with pytest.raises(IndexError):
-        losses_of(objective, batch._replace(input_ids=batch.input_ids + VOCABULARY))
-    assert all(router.pool is None for router in objective.routers)
-
-
-# ---- losses
-
-
-def test_cross_entropy_is_that_of_the_model():
-    model, batch = tiny_model(), tiny_batch()
-    batch.labels[:, :4] = -100
-    ours = losses_of(EmoObjective(model, None), batch).cross_entropy
-    assert torch.allclose(ours, model(input_ids=batch.input_ids, labels=batch.labels).loss, atol=1e-6)
-
-
-def test_balance_is_the_models_own_load_balancing_loss():
-    model, batch = tiny_model(), tiny_batch()
-    logits = model(input_ids=batch.input_ids, output_router_logits=True).router_logits
-    expected = load_balancing_loss(model.config, logits, torch.ones_like(batch.input_ids))
-    assert torch.allclose(losses_of(EmoObjective(model, None), batch).balance, expected, atol=1e-6)
-
-
-def test_balance_is_one_and_entropy_maximal_for_a_router_without_opinion():
-    model, batch = tiny_model(), tiny_batch()
-    objective = EmoObjective(model, None)
-    for router in objective.routers:
-        torch.nn.init.zeros_(router.weight)
-    losses = losses_of(objective, batch)
-    assert torch.allclose(losses.balance, torch.tensor(1.0), atol=1e-6)
-    assert torch.allclose(losses.entropy, torch.log(torch.tensor(float(ROUTED))), atol=1e-5)
-    assert torch.allclose(losses.z, torch.log(torch.tensor(float(ROUTED))) ** 2, atol=1e-5)
-
-
-def test_z_counts_only_the_pool():
-    model, batch = tiny_model(), tiny_batch()
-    objective, sizes = EmoObjective(model, (3, 9)), [3] * 4
-    expected = []
-    for logits, _, _ in routing_of(model, objective, batch, sizes):
-        pool = F.softmax(logits[:, :ROUTED], -1).view(4, -1, ROUTED).mean(1).topk(3).indices.repeat_interleave(12, 0)
-        expected.append(logits.gather(1, pool).logsumexp(-1).square().mean())
-    assert torch.allclose(losses_of(objective, batch, sizes).z, torch.stack(expected).mean(), rtol=1e-5)
-
-
-def test_the_total_weighs_its_parts():
-    model, batch = tiny_model(), tiny_batch()
-    losses = losses_of(EmoObjective(model, (3, 9), balance_weight=0.3, z_weight=0.07), batch)
-    expected = losses.cross_entropy + 0.3 * losses.balance + 0.07 * losses.z
-    assert torch.allclose(losses.total, expected, atol=1e-6)
-
-
-def test_experts_outside_the_pool_learn_nothing():
-    model, batch = tiny_model(num_hidden_layers=1), tiny_batch(1)
-    objective = EmoObjective(model, (3, 9), balance_weight=0, z_weight=0)
-    (_, _, index), = routing_of(model, objective, batch, [3])
-    moved = model.model.layers[0].mlp.experts.down_proj.grad.abs().amax((1, 2)) > 0
-    assert set(moved.nonzero().flatten().tolist()) == set(index.flatten().tolist())
-    assert len(set(index.flatten().tolist())) == 4  # the pool and the shared expert
-    rows = model.model.layers[0].mlp.gate.weight.grad.abs().amax(1) > 0
-    assert set(rows.nonzero().flatten().tolist()) == set(index[:, :TOP_K].flatten().tolist())
-
-
-def test_gradients_are_finite_and_survive_gradient_checkpointing():
-    grads = []
-    for checkpointing in (False, True):
-        model, batch = tiny_model().train(), tiny_batch()
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        losses_of(EmoObjective(model, (3, 9)), batch)
-        grads.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    assert torch.isfinite(grads[0]).all()
-    assert torch.allclose(*grads, atol=1e-6)
-
-
-def test_layers_without_experts_are_passed_over():
-    model = tiny_model(num_experts_per_layer=[0, 10], dense_intermediate_size=8)
-    objective = EmoObjective(model, (3, 9))
-    assert len(objective.routers) == 1
-    assert torch.isfinite(losses_of(objective, tiny_batch()).total)
-
-
-# ---- several ranks
-
-
-def _rank(rank: int, ranks: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
-    for global_balance in (True, False):
-        gradients = _averaged_gradients(rank, ranks, global_balance)
-        if not rank:
-            torch.save(gradients, f"{folder}/{global_balance}.pt")
-    dist.destroy_process_group()
-
-
-def _averaged_gradients(rank: int, ranks: int, global_balance: bool) -> list[torch.Tensor]:
-    model, (batch, sizes) = tiny_model(), _uneven()
-    mine = [[0, 1, 2], [3]][rank]  # ranks of unequal size: means must be over all tokens
-    part = Batch(batch.input_ids[mine], batch.labels[mine], torch.arange(len(mine))[:, None].expand(len(mine), 12))
-    losses_of(EmoObjective(model, (3, 9), global_balance=global_balance), part, [sizes[row] for row in mine])
-    for parameter in model.parameters():
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= ranks
-    return [parameter.grad for parameter in model.parameters()]
-
-
-def _uneven() -> tuple[Batch, list[int]]:
-    batch = tiny_batch()
-    batch.labels[0, 3:9] = -100
-    return batch, [3, 9, 4, 6]
+from safetensors.torch import load_file
+from torch import Tensor
+
+from emo_select.errors import SpecError
+from emo_select.pretrain import objective
+from emo_select.pretrain.objective import IGNORED, PoolSizes
+
+CASES = sorted(path.name for path in (Path(__file__).parents[1] / "golden/pretraining/router").iterdir())
+SEVERAL_RANKS = [name for name in CASES if "two_ranks" in name]
+TOLERANCE = {"atol": 1e-6, "rtol": 1e-6}
+
+
+class Case:
+    """One golden router call on one rank, computed by our formulas."""
+
+    def __init__(self, folder: Path, rank: int | None = None) -> None:
+        self.told = json.loads((folder / "case.json").read_text())
+        prefix = "" if rank is None else f"rank{rank}."
+        tensors = load_file(folder / "tensors.safetensors")
+        self.want = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        self.weight = self.want["router_weight"].clone().requires_grad_()
+        self.hidden = self.want["hidden"].clone().requires_grad_()
+        self.documents = objective.document_numbers(self.want["input_ids"], self.told["eos_token_id"])
+        self.logits = self.hidden.flatten(0, 1) @ self.weight.T
+        self.routed = self.told["E"] - self.told["shared"]
+        self.allowed = self._allowed()
+        self.routing = objective.route(self.logits, self.told["top_k"], self.told["shared"], self.allowed)
+
+    def _allowed(self) -> Tensor | None:
+        if self.told["kind"] != "emo":
+            return None
+        return objective.pool_of_tokens(self.logits[:, :self.routed], self.documents.flatten(), self.want["pool_sizes"])
+
+    def losses(self, counts: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Balance, z, and both weighted, for counts and labels of the balance group."""
+        per_token = self.told["top_k"] - self.told["shared"]
+        balance = objective.balance_loss(
+            self.routing.probability.mean(0), counts[:self.routed], per_token, labels)
+        z = objective.router_z_loss(self.routing.logits, self.want["loss_div_factor"])
+        return balance, z, self.told["lb_weight"] * balance + self.told["z_weight"] * z
+
+    def check_losses(self, balance: Tensor, z: Tensor, total: Tensor) -> None:
+        """Losses and all gradients of the published router."""
+        torch.testing.assert_close(balance, self.want["lb_loss"], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(z, self.want["z_loss"], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(total, self.want["aux_loss"], rtol=1e-6, atol=1e-6)
+        self._check_gradients(total, "_aux")
+        self._check_gradients((self.shaped(self.routing.weights) * self.want["cotangent"]).sum() + total, "")
+
+    def _check_gradients(self, loss: Tensor, name: str) -> None:
+        weight, hidden = torch.autograd.grad(loss, (self.weight, self.hidden), retain_graph=True)
+        torch.testing.assert_close(weight, self.want[f"grad_router_weight{name}"], **TOLERANCE)
+        torch.testing.assert_close(hidden, self.want[f"grad_hidden{name}"], **TOLERANCE)
+
+    def shaped(self, tensor: Tensor) -> Tensor:
+        return tensor.view(self.told["B"], self.told["S"], -1)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> dict[bool, list[torch.Tensor]]:
-    """Gradients averaged over two gloo ranks, with global and with local balance."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (2, str(folder)), nprocs=2)
-    return {balance: torch.load(folder / f"{balance}.pt", weights_only=True) for balance in (True, False)}
+def folder(golden) -> Path:
+    return golden / "pretraining/router"
 
 
-def _gradients_of_one_rank() -> list[torch.Tensor]:
-    model, (batch, sizes) = tiny_model(), _uneven()
-    losses_of(EmoObjective(model, (3, 9)), batch, sizes)
-    return [parameter.grad for parameter in model.parameters()]
+def ranks_of(name: str) -> list[int | None]:
+    return [0, 1] if name in SEVERAL_RANKS else [None]
 
 
-def test_two_ranks_with_global_balance_give_the_gradients_of_one(two_ranks):
-    for ours, expected in zip(two_ranks[True], _gradients_of_one_rank(), strict=True):
-        assert torch.allclose(ours, expected, atol=1e-6)
+@pytest.mark.parametrize("name", CASES)
+def test_routing_is_the_published_one(folder, name):
+    for rank in ranks_of(name):
+        case = Case(folder / name, rank)
+        want, routing = case.want, case.routing
+        torch.testing.assert_close(case.shaped(case.logits), want["logits"], **TOLERANCE)
+        torch.testing.assert_close(case.shaped(routing.probability), want["probabilities"], **TOLERANCE)
+        torch.testing.assert_close(case.shaped(routing.weights), want["expert_weights"], **TOLERANCE)
+        assert torch.equal(case.shaped(routing.experts), want["expert_indices"])
+        assert torch.equal(routing.counts, want["tokens_per_expert"])
 
 
-def test_local_balance_is_another_objective(two_ranks):
-    pairs = zip(two_ranks[False], _gradients_of_one_rank(), strict=True)
-    assert max(float((ours - expected).abs().max()) for ours, expected in pairs) > 1e-4
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("emo")])
+def test_documents_and_pools_are_the_published_ones(folder, name):
+    for rank in ranks_of(name):
+        case = Case(folder / name, rank)
+        want = case.want
+        assert torch.equal(case.documents, want["document"])
+        probability = torch.softmax(case.logits[:, :case.routed].detach(), -1)
+        sums = objective.document_sums(probability, case.documents.flatten(), len(want["pool_sizes"]))
+        torch.testing.assert_close(sums, want["document_probability_sums"], **TOLERANCE)
+        assert torch.equal(objective.document_pools(sums, want["pool_sizes"]), want["pool_mask"])
 
 
-# ---- refusals
+@pytest.mark.parametrize("name", [name for name in CASES if name not in SEVERAL_RANKS and "eval" not in name])
+def test_losses_and_gradients_are_the_published_ones(folder, name):
+    case = Case(folder / name)
+    case.check_losses(*case.losses(case.routing.counts, case.want["loss_div_factor"]))
 
 
-def test_always_active_experts_are_refused():
-    model = tiny_model(num_shared_experts=0, always_active_experts=[0])
-    with pytest.raises(ModelError, match="shared experts"):
-        EmoObjective(model, (3, 9))
+@pytest.mark.parametrize("name", [name for name in CASES if "eval" in name])
+def test_gradients_in_evaluation_are_the_published_ones(folder, name):
+    case = Case(folder / name)
+    case._check_gradients((case.shaped(case.routing.weights) * case.want["cotangent"]).sum(), "")
+
+
+@pytest.mark.parametrize("name", SEVERAL_RANKS)
+def test_global_balance_is_the_published_one(folder, name):
+    cases = [Case(folder / name, rank) for rank in (0, 1)]
+    counts = cases[0].routing.counts + cases[1].routing.counts
+    labels = cases[0].want["loss_div_factor"] + cases[1].want["loss_div_factor"]
+    for case in cases:
+        case.check_losses(*case.losses(counts, labels))
+
+
+@pytest.mark.parametrize("name", SEVERAL_RANKS)
+def test_local_balance_is_the_published_one(folder, name):
+    tensors = load_file(folder / name / "tensors.safetensors")
+    for rank in (0, 1):
+        case = Case(folder / name, rank)
+        balance, _, total = case.losses(case.routing.counts, case.want["loss_div_factor"])
+        torch.testing.assert_close(balance, tensors[f"local.rank{rank}.lb_loss"], **TOLERANCE)
+        torch.testing.assert_close(total, tensors[f"local.rank{rank}.aux_loss"], **TOLERANCE)
+        gradient, = torch.autograd.grad(total, case.weight)
+        torch.testing.assert_close(gradient, tensors[f"local.rank{rank}.grad_router_weight_aux"], **TOLERANCE)
+
+
+def test_rows_of_shared_experts_learn_nothing(folder):
+    case = Case(folder / "emo_shared2")
+    gradient, = torch.autograd.grad(case.losses(case.routing.counts, case.want["loss_div_factor"])[2], case.weight)
+    assert (gradient[case.routed:] == 0).all() and (gradient[:case.routed] != 0).any()
+
+
+# ---- documents
+
+
+def test_an_eos_starts_the_next_document_unless_told_otherwise():
+    ids = torch.tensor([[0, 7, 0, 8, 9, 0], [5, 0, 0, 6, 6, 6]])
+    assert objective.document_numbers(ids, 0).tolist() == [[0, 0, 1, 1, 1, 2], [3, 4, 5, 5, 5, 5]]
+    assert objective.document_numbers(ids, 0, after_eos=True).tolist() == [[0, 1, 1, 2, 2, 2], [3, 3, 4, 5, 5, 5]]
+    assert objective.documents_per_row(objective.document_numbers(ids, 0)) == [3, 3]
+
+
+def test_sums_are_per_document_and_leave_padding_out():
+    probabilities = torch.rand(7, 4)
+    documents = torch.tensor([1, 1, 0, -1, 0, 0, -1])
+    sums = objective.document_sums(probabilities, documents, 2)
+    assert torch.allclose(sums[1], probabilities[:2].sum(0))
+    assert torch.allclose(sums[0], probabilities[[2, 4, 5]].sum(0))
+
+
+# ---- pools
+
+
+def test_pools_hold_the_likeliest_experts_and_grow_by_inclusion():
+    sums = torch.rand(5, 9)
+    smaller = torch.zeros(5, 9, dtype=torch.bool)
+    for size in range(1, 10):
+        pools = objective.document_pools(sums, torch.full((5,), size))
+        assert (pools.sum(1) == size).all()
+        assert (smaller <= pools).all()
+        smaller = pools
+
+
+def test_a_size_of_all_experts_or_more_masks_nothing():
+    sums = torch.rand(3, 9)
+    assert objective.document_pools(sums, torch.tensor([9, 10, 128])).all()
+
+
+def test_equal_sums_take_the_lower_expert():
+    assert objective.document_pools(torch.full((1, 6), 0.5), torch.tensor([2])).tolist() == [[True, True] + [False] * 4]
 
 
 @pytest.mark.parametrize("sizes", [(2, 9), (5, 4)])
-def test_pool_sizes_that_cannot_work_are_refused(sizes):
+def test_pools_below_the_top_k_are_refused(sizes):
     with pytest.raises(SpecError, match="at least the 3 routed experts"):
-        EmoObjective(tiny_model(), sizes)
+        objective.check_pool(*sizes, 3)
+
+
+# ---- draws of d
+
+
+def sizes_of(draws: PoolSizes, rows=(3, 2), **place) -> Tensor:
+    return draws.draw(rows, 4, **({"step": 5, "micro_batch": 0, "rank": 0} | place))
+
+
+def test_sizes_are_uniform_over_the_closed_interval():
+    sizes = PoolSizes(3, 7).draw([20_000], 1, step=1, micro_batch=0, rank=0)
+    assert sizes.min() == 3 and sizes.max() == 7
+    shares = torch.bincount(sizes.flatten(), minlength=8)[3:].float() / sizes.numel()
+    assert torch.allclose(shares, torch.full((5,), 0.2), atol=0.02)
+
+
+def test_sizes_depend_on_their_place_alone():
+    draws = PoolSizes(8, 128, seed=3)
+    torch.manual_seed(0)
+    first = sizes_of(draws)
+    torch.manual_seed(1)
+    assert torch.equal(sizes_of(draws), first)
+    for change in ({"step": 6}, {"micro_batch": 1}, {"rank": 1}):
+        assert not torch.equal(sizes_of(draws, **change), first)
+    assert not torch.equal(sizes_of(PoolSizes(8, 128, seed=4)), first)
+
+
+def test_the_documents_of_another_row_do_not_matter():
+    draws = PoolSizes(8, 128)
+    assert torch.equal(sizes_of(draws, rows=(3, 2))[:, 3:], sizes_of(draws, rows=(7, 2))[:, 7:])
+
+
+def test_layers_draw_their_own_sizes_unless_told_otherwise():
+    apart, same = sizes_of(PoolSizes(8, 128)), sizes_of(PoolSizes(8, 128, same_for_all_layers=True))
+    assert apart.shape == same.shape == (4, 5)
+    assert not torch.equal(apart[0], apart[1])
+    assert (same == same[0]).all()
+
+
+def test_published_draws_come_from_the_default_generator_in_order():
+    torch.manual_seed(7)
+    one_by_one = [torch.randint(8, 129, (1,)).item() for _ in range(20)]
+    torch.manual_seed(7)
+    assert sizes_of(PoolSizes(8, 128, published=True)).flatten().tolist() == one_by_one
+
+
+def test_the_middle_is_the_size_of_evaluation():
+    assert objective.evaluation_size(8, 128) == 68
+    assert objective.evaluation_size(8, 128, 32) == 32
+
+
+# ---- language modelling
+
+
+def test_only_labels_that_count_enter_the_token_losses():
+    logits, labels = torch.randn(4, 6), torch.tensor([1, IGNORED, 3, IGNORED])
+    kept = logits[[0, 2]]
+    log_sums = kept.logsumexp(-1)
+    assert torch.allclose(objective.lm_z_loss(logits, labels, 4), log_sums.square().sum() / 4)
+    nll = (log_sums - kept[[0, 1], [1, 3]]).sum()
+    assert torch.allclose(objective.cross_entropy(logits, labels, 4), nll / 4)

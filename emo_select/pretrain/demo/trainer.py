@@ -19,9 +19,9 @@ from emo_select.errors import NumericError, SpecError
 from emo_select.faults import translated
 from emo_select.models import EmoConfig, EmoForCausalLM, register
 from emo_select.ownership import PRETRAINED
-from emo_select.pretrain.config import Optimizer, PretrainConfig
-from emo_select.pretrain.documents import Documents, step_generator
-from emo_select.pretrain.objective import EmoObjective, Losses
+from emo_select.pretrain.demo.config import Optimizer, PretrainConfig
+from emo_select.pretrain.demo.documents import Documents, step_generator
+from emo_select.pretrain.model_objective import EmoObjective, Losses
 from emo_select.progress import Bar, say, track
 
 STATE, REPORT = "state.safetensors", "pretraining.json"
@@ -67,6 +67,7 @@ class Trainer:
             self.model,
             (pool.smallest, pool.largest) if pool else None,
             **config.objective.model_dump(exclude={"pool"}),
+            divisor="tokens", same_for_all_layers=True,  # the demo's variant; docs/pretrain.md says why
         )
         rates = config.optimizer
         self.parameters = dict(self.model.named_parameters())

@@ -21,8 +21,8 @@ from emo_select.demo.tokenizer import build_tokenizer
 from emo_select.errors import NumericError, SpecError
 from emo_select.models import load_model, load_tokenizer
 from emo_select.pretrain import PretrainConfig, pretrain, read_config
-from emo_select.pretrain.documents import Documents, step_generator
-from emo_select.pretrain.trainer import Trainer, learning_rate
+from emo_select.pretrain.demo.documents import Documents, step_generator
+from emo_select.pretrain.demo.trainer import Trainer, learning_rate
 
 TINY = {
     "name": "tiny", "seed": 3, "dtype": "bfloat16", "save_every": 2,
@@ -104,7 +104,7 @@ KILLED = """
 import json, os, signal, sys, torch
 from pathlib import Path
 from emo_select.pretrain import PretrainConfig, pretrain
-from emo_select.pretrain.trainer import Trainer
+from emo_select.pretrain.demo.trainer import Trainer
 torch.set_num_threads(1)
 advance = Trainer.advance
 def dying(self):

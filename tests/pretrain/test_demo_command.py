@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from test_trainer import TINY
+from test_demo_trainer import TINY
 from typer.testing import CliRunner
 
 from emo_select.cli.app import app

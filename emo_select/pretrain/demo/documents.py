@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from emo_select.demo import domains
-from emo_select.pretrain.objective import IGNORED, Batch
+from emo_select.pretrain.model_objective import Batch
+from emo_select.pretrain.objective import IGNORED
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
