@@ -25,14 +25,14 @@ def pretrain(
 ) -> None:
     """Train a small MoE with the EMO objective or without it; continues where it was stopped."""
     from emo_select.demo import demo_config
-    from emo_select.pretrain.config import read_config
+    from emo_select.pretrain.demo.config import read_config
 
     resolved = read_config(demo_config(config) if config.startswith("demo/") else Path(config))
     folder = output_dir or Path("pretrained") / resolved.name
 
     import torch
 
-    from emo_select.pretrain.trainer import pretrain as train
+    from emo_select.pretrain.demo.trainer import pretrain as train
 
     torch.set_num_threads(threads)
     report = train(resolved, folder)
