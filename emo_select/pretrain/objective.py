@@ -152,7 +152,8 @@ def lm_z_loss(logits: Tensor, labels: Tensor, count: Tensor | float) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | float) -> Tensor:
     """Σ over labels that count of the negative log-likelihood / `count`; logits (T, V), labels (T,) already shifted."""
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum") / count
+    total: Tensor = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return total / count
 
 
 def over_ranks(values: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:

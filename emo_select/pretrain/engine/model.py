@@ -89,12 +89,12 @@ def _router(recipe: Recipe) -> EmoRouterConfig:
     return EmoRouterConfig(
         top_k=experts.top_k,
         num_shared_experts=experts.shared,
-        min_document_expert_pool=pool and pool.smallest,
-        max_document_expert_pool=pool and pool.largest,
-        eval_document_expert_pool=pool and pool.evaluation,
+        min_document_expert_pool=None if pool is None else pool.smallest,
+        max_document_expert_pool=None if pool is None else pool.largest,
+        eval_document_expert_pool=None if pool is None else pool.evaluation,
         eos_token_id=recipe.tokenizer.eos_token_id,
         global_balance=objective.balance == "global",
-        top_p=pool and pool.top_p,
+        top_p=None if pool is None else pool.top_p,
         unmasked_balance=objective.unmasked_balance,
         unmasked_z=objective.unmasked_router_z,
     )

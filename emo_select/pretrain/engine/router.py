@@ -82,7 +82,7 @@ class EmoRouter(MoELinearRouter):
         return int(self.top_k) - self.rule.num_shared_experts
 
     @torch._dynamo.disable()  # type: ignore[untyped-decorator,unused-ignore]
-    def forward(self, x: Tensor, *, loss_div_factor: Tensor | float | None = None) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, *, loss_div_factor: Tensor | float | None = None) -> Any:
         """(B, S, D) → weights and experts (B, S, K), choices per expert (E,), weighted losses or None."""
         logits = self.get_expert_logits(x).float().flatten(0, 1)
         routing = objective.route(logits, self.top_k, self.rule.num_shared_experts, self._allowed(logits))
