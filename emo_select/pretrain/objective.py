@@ -167,7 +167,8 @@ def over_ranks(values: Sequence[Tensor], group: dist.ProcessGroup | None = None)
 
 def entropy(routing: Routing) -> Tensor:
     """Entropy (nats) of each token's distribution over its pool, (T,)."""
-    return torch.special.entr(routing.probability).sum(-1)
+    each: Tensor = torch.special.entr(routing.probability)
+    return each.sum(-1)
 
 
 @dataclass(frozen=True)

