@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from emo_select.errors import SpecError
 from emo_select.pretrain.recipe import Recipe
 
 GB = 1e9
@@ -74,10 +75,21 @@ class Plan:
             "recipe": self.recipe.name, "parameters": total, "active_parameters": active, "steps": self.recipe.steps,
             "tokens": self.tokens, "batch_tokens": self.recipe.batch_tokens, "gpus": self.gpus,
             "micro_batches_per_step": self.accumulated, "balance_group_sequences": self.balance_group,
-            "data_bytes": self.data_bytes, "checkpoint_bytes": self.checkpoint_bytes, "checkpoints": self.checkpoints,
+            "data_bytes": self.data_bytes, "checkpoint_bytes": self.checkpoint_bytes,
+            "checkpoints": self.checkpoints,
             "gpu_memory_bytes": self.gpu_bytes, "flops": self.flops,
-            "tokens_per_second_per_gpu": self.tokens_per_second, "gpu_hours": hours, "days": None if hours is None else hours / self.gpus / 24,
+            "tokens_per_second_per_gpu": self.tokens_per_second, "gpu_hours": hours,
+            "days": None if hours is None else hours / self.gpus / 24,
         }
+
+
+def check_divides(recipe: Recipe, ranks: int) -> None:
+    """Raise `SpecError` where a step does not divide over so many processes."""
+    sequences, micro = recipe.batch.sequences, recipe.batch.micro_batch
+    if sequences % (ranks * micro):
+        raise SpecError(f"A batch of {sequences} sequences does not divide over {ranks} processes in micro-batches of "
+                        f"{micro}; choose a number of GPUs that divides {sequences // micro}, or --set "
+                        "batch.micro_batch=N.")
 
 
 def token_width(vocabulary: int) -> int:

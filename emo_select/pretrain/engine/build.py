@@ -19,6 +19,7 @@ from olmo_core.utils import seed_all
 
 from emo_select.errors import SpecError
 from emo_select.pretrain.engine import cpu, grouped, model, pools
+from emo_select.pretrain.plan import check_divides
 from emo_select.pretrain.recipe import Recipe
 from emo_select.pretrain.tokens import TokenData
 
@@ -46,15 +47,6 @@ class Machine:
         return self.device.type == "cuda"
 
 
-def check_ranks(recipe: Recipe, ranks: int) -> None:
-    """Raise `SpecError` where a step does not divide over so many processes."""
-    sequences, micro = recipe.batch.sequences, recipe.batch.micro_batch
-    if sequences % (ranks * micro):
-        raise SpecError(f"A batch of {sequences} sequences does not divide over {ranks} processes in micro-batches of "
-                        f"{micro}; choose a number of GPUs that divides {sequences // micro}, or --set "
-                        "batch.micro_batch=N.")
-
-
 def build_trainer(
     recipe: Recipe,
     data: TokenData,
@@ -71,7 +63,7 @@ def build_trainer(
     `draws` replaces the recipe's pool sizes; `stop_at` ends after that step without changing the schedule.
     """
     machine, start = machine or Machine(), start or Start()
-    check_ranks(recipe, get_world_size())
+    check_divides(recipe, get_world_size())
     seed_all(recipe.seed)
     built = _config(recipe, machine)
     network = built.build(init_device="meta")

@@ -135,9 +135,12 @@ def optimizer(recipe: Recipe, fused: bool) -> OptimConfig:
 
 
 def schedule(recipe: Recipe, first_step: int = 0, rate: float | None = None) -> Scheduler:
-    """The rate of each step. Annealing starts after `first_step` from `rate`, the last one before it."""
+    """The rate of each step. Annealing starts after `first_step` from `rate`, the last one before it.
+
+    Without one, as for a released model, it is what a cosine of the recipe ends with.
+    """
     shape = recipe.schedule
     if shape.shape == "cosine":
         return CosWithWarmup(warmup=shape.warmup_steps, alpha_f=shape.final_fraction)
-    return LinearToZero(first_step=first_step, rate=recipe.optimizer.learning_rate if rate is None else rate,
-                        steps=recipe.steps, warmup=shape.warmup_steps)
+    start = recipe.optimizer.learning_rate * shape.final_fraction if rate is None else rate
+    return LinearToZero(first_step=first_step, rate=start, steps=recipe.steps, warmup=shape.warmup_steps)

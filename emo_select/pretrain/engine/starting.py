@@ -1,0 +1,91 @@
+"""Checkpoints that training starts from or goes on from: found, checked, and read before the engine touches them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from emo_select.convert.dcp import TrainingTensors
+from emo_select.convert.pickles import check_pickle
+from emo_select.errors import CheckpointError
+from emo_select.pretrain.recipe import Recipe
+from emo_select.pretrain.run import Started
+
+STEP = re.compile(r"step(\d+)")
+RATE = "optim.param_groups.embeddings.weight.lr"
+
+
+def saved_steps(out: Path) -> list[int]:
+    """Steps of the complete checkpoints in a run, ascending."""
+    found = (STEP.fullmatch(path.name) for path in out.iterdir()) if out.is_dir() else ()
+    return sorted(int(match[1]) for match in found if match and (out / match[0] / ".metadata.json").is_file())
+
+
+def check(folder: Path) -> None:
+    """Refuse a damaged checkpoint, and pickles that name anything but what a checkpoint holds.
+
+    The engine reads pickles freely, so this comes first. Raises `CheckpointError`.
+    """
+    state = folder / "model_and_optim"
+    check_pickle(state / ".metadata")
+    tensors = TrainingTensors(state)
+    tensors.check(tensors.tensors)
+    for path in sorted((folder / "train").glob("rank*.pt")):
+        check_pickle(path)
+
+
+def step_folder(path: Path) -> Path:
+    """A checkpoint: the folder itself, or the last step of a run."""
+    if (path / "model_and_optim").is_dir():
+        return path
+    steps = saved_steps(path)
+    if not steps:
+        raise CheckpointError(f"{path} holds no training checkpoint (step<N>/model_and_optim); a released model "
+                              "becomes one by `emo-select convert MODEL --to olmo-core --out DIR`.")
+    return path / f"step{steps[-1]}"
+
+
+def describe(path: Path, recipe: Recipe, same_data: bool) -> Started:
+    """What annealing from a checkpoint starts with. Raises `CheckpointError` where the model is another."""
+    folder = step_folder(path)
+    check(folder)
+    _require_shapes(folder, recipe)
+    optimiser = any(name.startswith("optim.state.") for name in TrainingTensors(folder / "model_and_optim").tensors)
+    trained = (folder / "train" / "rank0.pt").is_file()
+    return Started(checkpoint=str(folder.resolve()), step=_step(folder) if trained else 0,
+                   rate=_rate(folder) if optimiser else None, optimiser=optimiser, same_data=same_data and trained)
+
+
+def _require_shapes(folder: Path, recipe: Recipe) -> None:
+    from emo_select.pretrain.engine.model import transformer
+
+    stored = TrainingTensors(folder / "model_and_optim").tensors
+    for name, parameter in transformer(recipe).build(init_device="meta").named_parameters():
+        entry = stored.get(f"model.{name}")
+        if entry is None or tuple(entry.shape) != tuple(parameter.shape):
+            found = "is missing" if entry is None else f"has shape {tuple(entry.shape)}"
+            raise CheckpointError(f"{folder} is not of recipe {recipe.name}: {name} {found}, not "
+                                  f"{tuple(parameter.shape)}.")
+
+
+def _step(folder: Path) -> int:
+    """The step in train/rank0.pt, whose pickle has been checked."""
+    import torch
+
+    return int(torch.load(folder / "train" / "rank0.pt", weights_only=False, map_location="cpu")["global_step"])
+
+
+def _rate(folder: Path) -> float | None:
+    """The rate of the checkpoint's last step, as it is stored for the embedding."""
+    import torch
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = FileSystemReader(folder / "model_and_optim")
+    entry = reader.read_metadata().state_dict_metadata.get(RATE)
+    if entry is None:
+        return None
+    value: dict[str, object] = {RATE: 0.0 if isinstance(entry, BytesStorageMetadata) else torch.zeros(())}
+    load(value, storage_reader=reader, no_dist=True)
+    return float(value[RATE])  # type: ignore[arg-type]

@@ -1,0 +1,170 @@
+"""One pretraining run as a folder: what it is, whether it may go on, and the processes that carry it out.
+
+    <out>/pretraining.json     the recipe, the data's fingerprint, the number of processes, where it started
+    <out>/step<N>/             checkpoints in the published layout, complete once .metadata.json is there
+    <out>/watch/               metrics.jsonl, loads.jsonl and plots
+    <out>/.job/                how it is carried out; the engine's cache of instance numbers
+
+Importing this imports no torch.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from emo_select import ownership
+from emo_select.errors import EmoSelectError, SpecError
+from emo_select.pretrain.recipe import Recipe
+from emo_select.pretrain.tokens import TokenData
+from emo_select.tree import read_json, write_json
+
+RECORD, SETTINGS, ERROR = "pretraining.json", ".job/settings.json", ".job/error.json"
+RUN = "pretraining run"
+
+
+class Started(BaseModel):
+    """The training checkpoint that annealing starts from: its step, its last rate, and whether it has moments."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpoint: str
+    step: int
+    rate: float | None
+    optimiser: bool
+    same_data: bool
+
+    @property
+    def first_step(self) -> int:
+        """Steps that count as done: those of the checkpoint where its place in the data goes on, else none."""
+        return self.step if self.same_data else 0
+
+
+class RunRecord(BaseModel):
+    """What a run is. The same command goes on only where all of it is the same."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: Recipe
+    data_fingerprint: str
+    processes: int
+    started: Started | None = None
+
+
+class RunSettings(BaseModel):
+    """How a run is carried out; changes nothing of what is computed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str
+    data_root: str | None = None
+    device: str = "auto"
+    compile: bool = True
+    threads: int = 1
+    stop_at: int | None = None
+    spike: float = 2.0
+    tensorboard: bool = False
+    wandb: str | None = None
+    evaluate: bool = True
+
+
+def check_data(recipe: Recipe, data: TokenData) -> None:
+    """Raise `SpecError` where the tokens are not those that the model is made for."""
+    tokenizer = recipe.tokenizer
+    pairs = (("vocab_size", "vocabulary", data.vocab_size), ("eos_token_id", "EOS", data.eos_token_id),
+             ("pad_token_id", "padding", data.pad_token_id))
+    for key, name, found in pairs:
+        wanted = getattr(tokenizer, key)
+        if found is not None and found != wanted:
+            raise SpecError(f"The data has another {name} ({found}) than the recipe ({wanted}); choose other data, or "
+                            f"--set tokenizer.{key}={found}.")
+
+
+def require_same(out: Path, now: RunRecord, *, other_ranks: bool = False) -> RunRecord:
+    """The record of the run in `out`, made if the folder is free.
+
+    Raises `SpecError` where the folder holds something else, or a run of another recipe, of other data, from another
+    checkpoint or on another number of processes (unless `other_ranks`).
+    """
+    file = out / RECORD
+    if not file.is_file():
+        if out.exists() and any(path.name != ".job" for path in out.iterdir()):
+            raise SpecError(f"{out} holds something else; choose another --out.")
+        return now
+    before = _read(file)
+    _same_recipe(out, before.recipe, now.recipe)
+    if before.data_fingerprint != now.data_fingerprint:
+        raise SpecError(f"{out} was trained on other data (fingerprint {before.data_fingerprint[:12]}, now "
+                        f"{now.data_fingerprint[:12]}); give the same --data, or choose another --out.")
+    if before.started != now.started:
+        raise SpecError(f"{out} started from another checkpoint; give the same --from, or choose another --out.")
+    if before.processes != now.processes and not other_ranks:
+        raise SpecError(
+            f"{out} runs on {before.processes} processes; {now.processes} would change over how many sequences experts "
+            f"are balanced, and so the loss: use --gpus {before.processes}, or --allow-other-ranks.")
+    return now
+
+
+def write_record(out: Path, record: RunRecord, settings: RunSettings) -> None:
+    """Make the folder ours and say in it what it is."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / ".job").mkdir(exist_ok=True)
+    ownership.mark(out, RUN)
+    write_json(out / SETTINGS, settings.model_dump())
+    write_json(out / RECORD, record.model_dump(mode="json"))
+
+
+def read_record(out: Path) -> RunRecord:
+    """The record of a run. Raises `SpecError` where there is none."""
+    if not (out / RECORD).is_file():
+        raise SpecError(f"{out} is not a pretraining run (no {RECORD}).")
+    return _read(out / RECORD)
+
+
+def read_settings(out: Path) -> RunSettings:
+    """How the run is carried out."""
+    return RunSettings.model_validate(read_json(out / SETTINGS))
+
+
+def _read(file: Path) -> RunRecord:
+    try:
+        return RunRecord.model_validate_json(file.read_bytes())
+    except ValueError as error:
+        raise SpecError(f"{file} is damaged ({str(error).splitlines()[0]}).") from None
+
+
+def _same_recipe(out: Path, before: Recipe, now: Recipe) -> None:
+    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    for key in old.keys() | new.keys():
+        if old.get(key) != new.get(key) and key.split(".")[0] not in ("about", "evaluate", "save"):
+            raise SpecError(f"{out} holds a run of another recipe ({key} was {old.get(key)}, now {new.get(key)}); "
+                            "choose another --out.")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def launch(out: Path, processes: int) -> None:
+    """Carry the run out in `processes` processes of this machine; raises what the first that failed reported."""
+    error = out / ERROR
+    error.unlink(missing_ok=True)
+    child = subprocess.Popen([
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+        "-m", "emo_select.pretrain.engine", str(out)])
+    try:
+        code = child.wait()
+    except BaseException:
+        child.terminate()  # the processes save a checkpoint and end
+        child.wait()
+        raise
+    if code:
+        told = read_json(error)["message"] if error.exists() else f"a training process ended with status {code}."
+        raise EmoSelectError(str(told))
