@@ -191,7 +191,8 @@ def _list(as_json: bool) -> None:
         emit([recipe.model_dump() for recipe in recipes])
         return
     for recipe in recipes:
-        typer.echo(f"{recipe.name:<32}{recipe.released_as or '':<40}{recipe.about}")
+        typer.echo(f"{recipe.name:<34}{recipe.released_as or ''}".rstrip())
+        typer.echo(f"    {recipe.about}")
 
 
 def _record(recipe: Recipe, settings: RunSettings, processes: int, start: Path | None, new_data: bool) -> RunRecord:
@@ -206,7 +207,11 @@ def _record(recipe: Recipe, settings: RunSettings, processes: int, start: Path |
     check_data(recipe, data)
     if start is None and recipe.anneals:
         raise SpecError(f"{recipe.name} anneals a checkpoint of {recipe.anneals}; name it with --from.")
-    _require_engine()
+    _require_installed("olmo_core", "Pretraining needs ai2-olmo-core: pip install 'emo-select[pretrain]'.")
+    if settings.tensorboard:
+        _require_installed("tensorboard", "--tensorboard needs TensorBoard: pip install tensorboard.")
+    if settings.wandb:
+        _require_installed("wandb", "--wandb needs W&B: pip install wandb.")
     started = None
     if start is not None:
         from emo_select.pretrain.engine.starting import describe
@@ -218,13 +223,13 @@ def _record(recipe: Recipe, settings: RunSettings, processes: int, start: Path |
     return RunRecord(recipe=recipe, data_fingerprint=data.fingerprint, processes=processes, started=started)
 
 
-def _require_engine() -> None:
+def _require_installed(module: str, otherwise: str) -> None:
     from importlib.util import find_spec
 
     from emo_select.errors import SpecError
 
-    if find_spec("olmo_core") is None:
-        raise SpecError("Pretraining needs ai2-olmo-core: pip install 'emo-select[pretrain]'.")
+    if find_spec(module) is None:
+        raise SpecError(otherwise)
 
 
 def _start(out: Path, record: RunRecord, settings: RunSettings, profile: str | None, other_ranks: bool) -> None:

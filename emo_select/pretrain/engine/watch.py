@@ -85,6 +85,32 @@ class Watch(Callback):  # type: ignore[misc,unused-ignore]
             file.write(json.dumps(told) + "\n")
 
 
+class TensorBoard(Callback):  # type: ignore[misc,unused-ignore]
+    """All metrics of the engine as TensorBoard events, by the first rank; the engine brings no such callback."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.writer: Any = None
+
+    def pre_train(self) -> None:
+        """Open the events file; what a resumed run repeats is shown once."""
+        if get_rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
+
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics of one step."""
+        if self.writer is not None:
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step)
+
+    def post_train(self) -> None:
+        """Close the events file."""
+        if self.writer is not None:
+            self.writer.close()
+
+
 def broken(out: Path, step: int, what: str) -> NumericError:
     """The error for a loss that ends the run; it names the last good checkpoint."""
     good = [saved for saved in saved_steps(out) if saved < step]

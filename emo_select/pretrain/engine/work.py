@@ -19,7 +19,7 @@ from emo_select.errors import EmoSelectError, SpecError
 from emo_select.pretrain import run
 from emo_select.pretrain.engine import starting
 from emo_select.pretrain.engine.build import Machine, Start, build_trainer
-from emo_select.pretrain.engine.watch import Watch, broken
+from emo_select.pretrain.engine.watch import TensorBoard, Watch, broken
 from emo_select.pretrain.run import RunRecord, RunSettings, Started
 from emo_select.pretrain.tokens import TokenData, read_mix
 from emo_select.progress import configure, say, track
@@ -118,13 +118,13 @@ def _world() -> int:
 
 
 def _loggers(settings: RunSettings, out: Path) -> dict[str, Any]:
-    """TensorBoard and W&B through the engine's own callbacks."""
-    from olmo_core.train.callbacks import TensorBoardCallback, WandBCallback
-
+    """TensorBoard, and W&B through the engine's own callback."""
     chosen: dict[str, Any] = {}
     if settings.tensorboard:
-        chosen["tensorboard"] = TensorBoardCallback(enabled=True)
+        chosen["tensorboard"] = TensorBoard(out / "watch")
     if settings.wandb:
+        from olmo_core.train.callbacks import WandBCallback
+
         chosen["wandb"] = WandBCallback(enabled=True, project=settings.wandb, name=out.name)
     return chosen
 
