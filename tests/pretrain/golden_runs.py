@@ -76,10 +76,11 @@ class GoldenRun:
     def _data(self) -> dict[str, Any]:
         return json.loads((self.data_folder / "data.json").read_text())
 
-    def draws(self) -> Given | None:
-        if "pool_sizes" not in self.tensors:
+    def draws(self, rank: str = "") -> Given | None:
+        if f"{rank}pool_sizes" not in self.tensors:
             return None
-        return Given(self.tensors["pool_sizes"], self.tensors["pool_sizes_per_step"], min(map(int, self.told["steps"])))
+        first = min(map(int, self.told["steps"]))
+        return Given(self.tensors[f"{rank}pool_sizes"], self.tensors[f"{rank}pool_sizes_per_step"], first)
 
     def recipe(self, **changes: Any) -> Recipe:
         config, data = self.told["config"], self._data()

@@ -68,7 +68,8 @@ def _rank(rank: int, folder: str, names: tuple[str, ...]) -> None:
         parallel._WORLD_MESH = None  # the engine thinks of one training per process
         run, recorder = golden_run(name), Recorder()
         work = Path(folder) / name
-        trainer = build_trainer(run.recipe(), run.data(), work, draws=run.draws(), callbacks={"recorder": recorder})
+        trainer = build_trainer(run.recipe(), run.data(), work, draws=run.draws(f"rank{rank}."),
+                                callbacks={"recorder": recorder})
         start = golden_run(name.split("_")[0]).start
         whole = state_dict.StateDictOptions(full_state_dict=True)
         state_dict.set_model_state_dict(trainer.train_module.model, start, options=whole)
