@@ -120,6 +120,8 @@ class Task(ABC):
 
     `read` turns a row into a document (see the subclasses for its keys); `group_of` names the part of the task that
     shares a header and shots (the MMLU subject). `shots` gives the few-shot documents per such part, in order.
+    `keeps_shot_rows`: rows that are shots are calibrated and trained on too, as published, although their prompt shows
+    the answer.
     `header` is the description in front of the shots. `delimiter` is the text after which finetuning labels begin;
     None trains on every token. `sizes` are the published numbers of (train, test) documents.
     """
@@ -138,6 +140,7 @@ class Task(ABC):
     group_of: Callable[[Row], str] = field(default=lambda row: "")
     expand: Callable[[Row], Sequence[Row]] = one_to_one
     shots: Callable[[Task], Mapping[str, Sequence[Doc]]] = no_shots
+    keeps_shot_rows: bool = True
     header: Callable[[str], str] = no_header
     delimiter: str | None = "Answer:"
     sizes: tuple[int, int] | None = None
@@ -248,12 +251,27 @@ class Task(ABC):
             self._shots = self.shots(self)
         return self._shots
 
-    def examples(self, split: str, num_shots: int | None = None, limit: int | None = None) -> list[Example]:
-        """Calibration or finetuning texts: few-shot prompt and gold answer of the first `limit` documents."""
+    def examples(self, split: str, num_shots: int | None = None, limit: int | None = None, *,
+                 leave_out_shots: bool = False) -> list[Example]:
+        """Calibration or finetuning texts: few-shot prompt and gold answer of the first `limit` documents.
+
+        With `leave_out_shots`, or for a task that does not keep them, without the documents that their own prompt
+        shows as an example, answer included. The test split is never thinned.
+        """
+        shown = set() if split == "test" or (self.keeps_shot_rows and not leave_out_shots) else self._shown(num_shots)
+        docs = [doc for doc in self.docs(split) if not shown or (doc["group"], self.shot(doc)) not in shown]
+        if not docs:
+            raise TaskError(f"Every {split} row of task {self.name} is a few-shot example, and these are left out; add "
+                            "rows, lower the number of shots, or keep them with `shot_rows: keep`.")
         return [
             Example(self.prefix(doc, num_shots) + self.prompt(doc), self.answer(doc), doc["group"])
-            for doc in self.docs(split)[:limit]
+            for doc in docs[:limit]
         ]
+
+    def _shown(self, num_shots: int | None) -> set[tuple[str, str]]:
+        """Group and text of the few-shot examples in the prompts."""
+        count = self.default_shots if num_shots is None else num_shots
+        return {(group, self.shot(doc)) for group, docs in self.shot_docs().items() for doc in docs[:count]}
 
     @abstractmethod
     def check(self, doc: Doc) -> None:

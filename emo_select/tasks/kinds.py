@@ -106,8 +106,19 @@ def score_drop(text: str, doc: Doc) -> Mapping[str, Any]:
     return m.drop_metrics(text, doc["references"])
 
 
+def score_answer(text: str, doc: Doc) -> Mapping[str, Any]:
+    """`score_squad` for references that may be empty."""
+    return m.answer_metrics(text, doc["references"])
+
+
 def score_number(text: str, doc: Doc) -> Mapping[str, Any]:
-    """exact_match of the last number with that of the first reference."""
+    """exact_match: the last number has the value of a reference's last number ("5.0" is 5, "-5" is not)."""
+    value = m.last_number(text)
+    return {"exact_match": float(value is not None and value in [m.last_number(str(r)) for r in doc["references"]])}
+
+
+def score_gsm8k(text: str, doc: Doc) -> Mapping[str, Any]:
+    """exact_match of the last number, as text, with that of the first reference; whole numbers lose their sign."""
     return {"exact_match": float(m.gsm8k_equal(m.gsm8k_number(text), m.gsm8k_number(str(doc["references"][0]))))}
 
 

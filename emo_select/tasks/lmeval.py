@@ -155,7 +155,9 @@ class LmEvalTask(Task):
     def shot(self, doc: Doc) -> str:
         return self._gold(doc, 0).text
 
-    def examples(self, split: str, num_shots: int | None = None, limit: int | None = None) -> list[Example]:
+    def examples(self, split: str, num_shots: int | None = None, limit: int | None = None, *,
+                 leave_out_shots: bool = False) -> list[Example]:
+        """lm-eval never draws a document as its own example, so none has to be left out."""
         return [self._gold(doc, num_shots) for doc in self.docs(split)[:limit]]
 
     def _gold(self, doc: Doc, num_shots: int | None) -> Example:

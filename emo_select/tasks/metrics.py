@@ -10,6 +10,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 NO_ANSWER_SUM = -999.0  # the published runs record this sum where a model returned nothing
@@ -61,9 +62,11 @@ def choice_metrics(outputs: Sequence[Mapping[str, Any]], gold: int, *, softloss:
     """Metrics of one multiple-choice document from `choice_output` of each choice.
 
     Accuracies are 0 or 1; `acc_uncond` is None without unconditional requests. `softloss` adds the softmax
-    probability of the gold choice under three normalisations.
+    probability of the gold choice under three normalisations. A choice without a token of its own, whose sum of
+    nothing is 0 and would beat every other, comes last; where no choice has one, nothing is predicted.
     """
     columns = {name: [output[name] for output in outputs] for name in outputs[0]}
+    columns = {name: _comparable_column(name, column, columns["num_tokens"]) for name, column in columns.items()}
     scores: dict[str, list[float] | None] = {
         "raw": columns["sum_logits"],
         "per_token": columns["logits_per_token"],
@@ -71,8 +74,8 @@ def choice_metrics(outputs: Sequence[Mapping[str, Any]], gold: int, *, softloss:
         "per_byte": [-bits for bits in columns["bits_per_byte"]],
         "uncond": _differences(columns),
     }
-    best = {name: None if values is None else first_largest(values) for name, values in scores.items()}
-    found = {f"acc_{name}": None if index is None else int(index == gold) for name, index in best.items()}
+    best = {name: _best(values) for name, values in scores.items()}
+    found = {f"acc_{name}": None if scores[name] is None else int(index == gold) for name, index in best.items()}
     losses = {"softloss_corr": "sum_logits", "softloss_per_token_corr": "logits_per_token",
               "softloss_per_char_corr": "logits_per_char"} if softloss else {}
     return {
@@ -80,10 +83,21 @@ def choice_metrics(outputs: Sequence[Mapping[str, Any]], gold: int, *, softloss:
         "correct_choice": gold,
         **found,
         "no_answer": int(max(columns["sum_logits"]) == NO_ANSWER_SUM),
-        **{f"{name}_corr": columns[name][gold]
+        **{f"{name}_corr": columns[name][gold] if math.isfinite(columns[name][gold]) else None
            for name in ("sum_logits", "logits_per_token", "logits_per_char", "bits_per_byte")},
         **{name: softmax_at(columns[column], gold) for name, column in losses.items()},
     }
+
+
+def _comparable_column(name: str, column: list[Any], tokens: Sequence[int]) -> list[Any]:
+    """The scores of all choices, the worst possible one for a choice without tokens."""
+    worst = {"sum_logits": -math.inf, "logits_per_token": -math.inf, "logits_per_char": -math.inf,
+             "bits_per_byte": math.inf}.get(name)
+    return column if worst is None else [value if count else worst for value, count in zip(column, tokens, strict=True)]
+
+
+def _best(values: Sequence[float] | None) -> int | None:
+    return None if values is None or max(values) == -math.inf else first_largest(values)
 
 
 def _differences(columns: Mapping[str, list[float]]) -> list[float] | None:
@@ -95,6 +109,8 @@ def _differences(columns: Mapping[str, list[float]]) -> list[float] | None:
 def softmax_at(values: Sequence[float], index: int) -> float:
     """Softmax of `values`, at one index."""
     top = max(values)
+    if top == -math.inf:
+        return 0.0
     return math.exp(values[index] - top) / math.fsum(math.exp(value - top) for value in values)
 
 
@@ -120,13 +136,24 @@ def squad_f1(prediction: str, reference: str) -> float:
 
 
 def squad_metrics(prediction: str, references: Sequence[str]) -> dict[str, Any]:
-    """The best over the references. `recall`: a reference occurs literally, in any case, in the prediction."""
+    """The best over the references. `recall`: a reference occurs literally, in any case, in the prediction.
+
+    As published, an empty reference has recall 1 whatever is predicted, and F1 0 even if nothing is.
+    """
     expected = [normalise_squad(reference) for reference in references]
     return {
         "exact_match": normalise_squad(prediction) in expected,
         "f1": max(squad_f1(prediction, reference) for reference in references),
         "recall": float(any(reference.strip().lower() in prediction.lower() for reference in references)),
     }
+
+
+def answer_metrics(prediction: str, references: Sequence[str]) -> dict[str, Any]:
+    """`squad_metrics` with empty references taken at their word: only an empty prediction is right, in all metrics."""
+    given = [reference for reference in references if normalise_squad(reference)]
+    if normalise_squad(prediction) == "" and len(given) < len(references):
+        return {"exact_match": True, "f1": 1.0, "recall": 1.0}
+    return squad_metrics(prediction, given) if given else {"exact_match": False, "f1": 0.0, "recall": 0.0}
 
 
 # ---- short answers, DROP style
@@ -207,6 +234,28 @@ def _comparable(text: str) -> str:
     for pattern in (",", r"\$", r"(?s).*#### ", r"\.$"):
         text = re.sub(pattern, "", text)
     return text.lower()
+
+
+# ---- numbers
+
+_QUANTITY = re.compile(
+    r"((?:(?<![\w.)\]])[-+−])?)(?:[$€£¥]\s?)?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)([eE][-+]?\d+)?"
+)
+
+
+def last_number(text: str) -> Decimal | None:
+    """The value of the last number of a text; None where there is none.
+
+    A sign counts unless it stands behind a letter, digit or bracket ("3-5" ends with 5, "= -5" with -5); currency
+    signs and thousands separators do not, nor does what follows the number ("12.5%" is 12.5).
+    """
+    found = None
+    for found in _QUANTITY.finditer(text):
+        pass
+    if found is None:
+        return None
+    sign, digits, exponent = (part or "" for part in found.groups())
+    return Decimal(sign.replace("−", "-") + digits.replace(",", "") + exponent)
 
 
 def cut_at_stop(text: str, stops: Iterable[str]) -> str:

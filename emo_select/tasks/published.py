@@ -19,7 +19,7 @@ from emo_select.tasks.kinds import (
     choice_doc,
     generation_doc,
     score_drop,
-    score_number,
+    score_gsm8k,
     score_squad,
 )
 from emo_select.tasks.metrics import gsm8k_number
@@ -252,7 +252,7 @@ def generation_tasks(data_dir: Path | None) -> list[Task]:
 def gsm8k_task(data_dir: Path | None) -> Task:
     """GSM8K with eight chain-of-thought examples."""
     return _generate(
-        "gsm8k_generation_8shot", "exact_match", group="gsm8k", read=read_gsm8k, score=score_number,
+        "gsm8k_generation_8shot", "exact_match", group="gsm8k", read=read_gsm8k, score=score_gsm8k,
         rule=splits.rotated_and_shuffled("test"), native_id=position, default_shots=8, sizes=(7473, 1319),
         extract=gsm8k_number, report_length=True, max_tokens=512,
         stops=("Question:", "</s>", "<|im_end|>", "\n\n"), shots=written(gsm8k_shots),

@@ -25,12 +25,13 @@ from emo_select.tasks.kinds import (
     Scorer,
     choice_doc,
     generation_doc,
+    score_answer,
     score_drop,
     score_exact,
+    score_gsm8k,
     score_number,
-    score_squad,
 )
-from emo_select.tasks.metrics import gsm8k_number
+from emo_select.tasks.metrics import gsm8k_number, last_number
 from emo_select.tasks.shots import first_rows, no_shots
 from emo_select.tasks.sources import read_rows
 from emo_select.tasks.splits import stored
@@ -70,10 +71,11 @@ class TaskFile(Frozen):
     unconditional: bool = True
     answer: str | None = None
     references: str | list[str] | None = None
-    score: Literal["exact", "number", "squad", "drop"] = "exact"
+    score: Literal["exact", "number", "gsm8k", "squad", "drop"] = "exact"
     stops: list[Annotated[str, Field(min_length=1)]] = ["\n\n"]
     max_tokens: Annotated[int, Field(ge=1)] = 50
     shots: Annotated[int, Field(ge=0)] = 0
+    shot_rows: Literal["leave_out", "keep"] = "leave_out"
     metric: str | None = None
     id: str | None = None
 
@@ -222,6 +224,10 @@ def _read_generation(definition: TaskFile) -> Callable[[Row], Mapping[str, Any]]
     def read(row: Row) -> Mapping[str, Any]:
         answer = render(definition.answer or "", row)
         references = [answer] if definition.references is None else texts(definition.references, row)
+        if definition.score == "number":
+            without = next((one for one in references if last_number(one) is None), None)
+            if without is not None:
+                raise TaskError(f"the reference {without!r} has no number, which 'score: number' compares")
         return generation_doc(render(definition.text, row), answer, references)
 
     return read
@@ -229,11 +235,15 @@ def _read_generation(definition: TaskFile) -> Callable[[Row], Mapping[str, Any]]
 
 # ---- the task
 
-SCORERS: Mapping[str, Scorer] = {"exact": score_exact, "number": score_number, "squad": score_squad,
-                                 "drop": score_drop}
+SCORERS: Mapping[str, Scorer] = {"exact": score_exact, "number": score_number, "gsm8k": score_gsm8k,
+                                 "squad": score_answer, "drop": score_drop}
+EXTRACTED: Mapping[str, Callable[[str], str]] = {
+    "number": lambda text: text if last_number(text) is None else str(last_number(text)), "gsm8k": gsm8k_number,
+}
 METRICS = {
     "multiple_choice": ("acc_raw", "acc_per_char", "acc_per_token", "acc_per_byte", "acc_uncond"),
-    "exact": ("exact_match",), "number": ("exact_match",), "squad": ("f1", "exact_match", "recall"),
+    "exact": ("exact_match",), "number": ("exact_match",), "gsm8k": ("exact_match",),
+    "squad": ("f1", "exact_match", "recall"),
     "drop": ("f1", "exact_match"),
 }
 
@@ -262,7 +272,8 @@ def _build(definition: TaskFile, source: FileRows) -> Task:
         "name": definition.name, "group": "user", "sources": (source,), "rule": _rule(definition),
         "native_id": position if definition.id is None else lambda row, index: field_of(row, definition.id or ""),
         "shots": first_rows("train", definition.shots) if definition.shots else no_shots,
-        "default_shots": definition.shots, "header": lambda group: definition.header,
+        "default_shots": definition.shots, "keeps_shot_rows": definition.shot_rows == "keep",
+        "header": lambda group: definition.header,
         "primary_metric": _metric(definition),
         "delimiter": "Answer:" if definition.text.rstrip().endswith("Answer:") else None,
     }
@@ -272,7 +283,7 @@ def _build(definition: TaskFile, source: FileRows) -> Task:
     return Generate(alias=f"{definition.name}:test", read=_read_generation(definition),
                     stops=tuple(definition.stops), max_tokens=definition.max_tokens,
                     score=SCORERS[definition.score],
-                    extract=gsm8k_number if definition.score == "number" else None, **common)
+                    extract=EXTRACTED.get(definition.score), **common)
 
 
 def _rule(definition: TaskFile) -> SplitRule:
