@@ -64,6 +64,8 @@ class Calibration(Frozen):
     """Seed of that permutation, and of random selection."""
     num_shots: Annotated[int, Field(ge=0)] | None = None
     """Few-shot examples before each text; None takes the task's own number."""
+    leave_out_shots: bool = False
+    """Without the rows that stand in their own prompt as an example, for training too; the published runs have them."""
     file: str | None = None
     """Own texts (.jsonl, .txt, .parquet) in place of the task's."""
     max_length: Annotated[int, Field(ge=1)] = 4096
@@ -235,7 +237,7 @@ class RunSpec(Frozen):
         name += f"_nselective-{chosen.num_examples}" if chosen.num_examples is not None else ""
         name += f"_pseed-{chosen.seed}" if chosen.seed else ""
         name += f"_pshots-{chosen.num_shots}" if chosen.num_shots is not None else ""
-        unnamed = ("file", "max_length", "thinking")
+        unnamed = ("leave_out_shots", "file", "max_length", "thinking")
         extra = {key: value for key, value in _non_defaults(chosen).items() if key in unnamed}
         return f"{name}_variant-{_digest(extra)}" if extra else name
 

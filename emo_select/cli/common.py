@@ -60,6 +60,9 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of that draw, and
 NumShots = Annotated[int | None, typer.Option("--num-shots", min=0, show_default="the task's",
                                               help="Few-shot examples in calibration texts.",
                                               rich_help_panel=CALIBRATE)]
+LeaveOutShots = Annotated[bool, typer.Option(
+    "--leave-out-shots", help="Without rows that are few-shot examples in their own prompt, in calibration and "
+    "training; published tasks keep them.", rich_help_panel=CALIBRATE)]
 CalibrationFile = Annotated[str | None, typer.Option(
     "--calibration", help="Own texts: .jsonl, .txt or .parquet.", rich_help_panel=CALIBRATE)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=MACHINE)]

@@ -124,20 +124,38 @@ def _asked(model: list[str] | None, revision: str | None, task: list[str] | None
 def _evaluate_run(directory: Path, machine: dict[str, Any], named: bool, *, as_json: bool) -> None:
     """The eval stage of one run, as `emo-select run` would do it."""
     from emo_select.errors import SpecError
+    from emo_select.evaluate.results import metrics_path
     from emo_select.pipeline import execute, plan, reopen
     from emo_select.spec import Execution, checked
-    from emo_select.tree import read_json
 
     if named:
         raise SpecError("A run directory has its own model and task; leave out --model and --task, or the directory.")
     run = reopen(directory, checked(Execution, machine))
     execute(run, plan(run, ["eval"]))
-    files = {path: read_json(path) for path in sorted(run.paths.results.glob("checkpoint-*/task-*-metrics.json"))}
+    folders = sorted(run.paths.results.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    folders = [folder for folder in folders if metrics_path(folder, run.task).is_file()]
     if as_json:
-        common.emit({str(path): content["metrics"] for path, content in files.items()})
+        common.emit({folder.name: {run.task.name: _as_data(folder, run.task)} for folder in folders})
     else:
-        for path, content in files.items():
-            typer.echo(f"{path.parent.name:16} {content['task_name']}  {content['metrics']['primary_score']:.4f}")
+        for folder in folders:
+            _print_scores(f"{folder.name:16} {run.task.name}", folder, run.task)
+
+
+def _print_scores(name: str, folder: Path, task: Task) -> None:
+    """`name  metric value ± error (n = documents)`, and what the task shows beside its headline."""
+    from emo_select.evaluate.results import read_scores
+
+    typer.echo(f"{name}  {'; '.join(map(str, read_scores(folder, task)))}")
+
+
+def _as_data(folder: Path, task: Task) -> dict[str, Any]:
+    """The headline with error and count, and all metrics."""
+    from emo_select.evaluate.results import metrics_path, read_scores
+    from emo_select.tree import read_json
+
+    content, score = read_json(metrics_path(folder, task)), read_scores(folder, task)[0]
+    return {"metric": score.metric, "value": score.value, "standard_error": score.error, "documents": score.documents,
+            "metrics": content["metrics"], "standard_errors": content["standard_errors"]}
 
 
 def _score(model: str, tasks: Sequence[Task], folder: Path, options: EvalOptions, keep_set: Path | None
@@ -214,11 +232,11 @@ def _show(scores: dict[str, dict[str, dict[str, Any]]], folders: dict[str, Path]
     if not parallel.is_first():
         return
     if as_json:
-        common.emit(scores)
+        common.emit({model: {task.name: _as_data(folders[model], task) for task in tasks} for model in scores})
         return
     width = max(len(task.name) for task in tasks)
-    for model, metrics in scores.items():
+    for model in scores:
         typer.echo(model)
         for task in tasks:
-            typer.echo(f"  {task.name:{width}}  {task.primary_metric:12} {metrics[task.name]['primary_score']:.4f}")
+            _print_scores(f"  {task.name:{width}}", folders[model], task)
         say(f"Files: {folders[model].resolve()}")

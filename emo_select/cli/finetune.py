@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,6 +45,7 @@ def finetune(
     revision: common.Revision = None,
     task: Task = None,
     num_shots: NumShots = None,
+    leave_out_shots: common.LeaveOutShots = False,
     recipe: Settings,
     max_length: MaxLength = 4095,
     seed: Seed = 0,
@@ -74,10 +75,11 @@ def finetune(
     if model is not None:
         [model] = common.models([model], revision)
     settings = {**recipe, "max_length": max_length, "seed": seed, "lora": adapters}
-    _show(_finetune_model(model, task, num_shots, out, settings, execution, force=force), str(out), as_json=as_json)
+    shots = {"num_shots": num_shots, "leave_out_shots": leave_out_shots}
+    _show(_finetune_model(model, task, shots, out, settings, execution, force=force), str(out), as_json=as_json)
 
 
-def _finetune_model(model: str | None, task: str | None, num_shots: int | None, out: Path | None,
+def _finetune_model(model: str | None, task: str | None, shots: dict[str, Any], out: Path | None,
                     settings: Settings, execution: Execution, *, force: bool) -> TrainReport:
     from emo_select.checkpoint import resolve
     from emo_select.errors import SpecError
@@ -94,7 +96,7 @@ def _finetune_model(model: str | None, task: str | None, num_shots: int | None, 
         if len(found) != 1:
             raise SpecError(f"{task} is a group of {len(found)} tasks; train on one of them: "
                             f"{', '.join(each.name for each in found[:4])}, ….")
-        examples, delimiter = found[0].examples("train", num_shots), found[0].delimiter
+        examples, delimiter = found[0].examples("train", **shots), found[0].delimiter
     return finetune(resolve(model), examples, delimiter, out, recipe, execution, replace=force)
 
 

@@ -39,6 +39,7 @@ def run(
     num_examples: common.NumExamples = None,
     seed: common.Seed = 0,
     num_shots: common.NumShots = None,
+    leave_out_shots: common.LeaveOutShots = False,
     calibration: common.CalibrationFile = None,
     score: Annotated[str, typer.Option(
         help="What layerwise ranks by.", rich_help_panel=common.CALIBRATE, autocompletion=completion.scores)] = (
@@ -81,7 +82,8 @@ def run(
 
     settings: dict[str, Any] = {
         "score": score,
-        "calibration": {"num_examples": num_examples, "seed": seed, "num_shots": num_shots, "file": calibration},
+        "calibration": {"num_examples": num_examples, "seed": seed, "num_shots": num_shots,
+                        "leave_out_shots": leave_out_shots, "file": calibration},
         "training": {**recipe, "lora": adapters},
         "evaluation": {"num_shots": eval_shots, "limit": limit},
     }

@@ -60,6 +60,7 @@ def activations(
     num_examples: common.NumExamples = None,
     seed: common.Seed = 0,
     num_shots: common.NumShots = None,
+    leave_out_shots: common.LeaveOutShots = False,
     calibration: common.CalibrationFile = None,
     thinking: Thinking = None,
     max_length: MaxLength = 4096,
@@ -78,7 +79,7 @@ def activations(
     The statistics serve easy_ep, global, frequency, gate_mass, ean and reap at any keep-k. Several tasks go into one
     pass with --out, else into one folder each.
     """
-    texts = _calibration(num_examples, seed, num_shots, calibration, thinking, max_length)
+    texts = _calibration(num_examples, seed, num_shots, leave_out_shots, calibration, thinking, max_length)
     options = _options(device, dtype, memory_budget, token_budget, scratch)
     names, [model] = common.listed(task or []), common.models([model], revision)
     if out is not None or calibration is not None:
@@ -109,6 +110,7 @@ def select(
     num_examples: common.NumExamples = None,
     seed: common.Seed = 0,
     num_shots: common.NumShots = None,
+    leave_out_shots: common.LeaveOutShots = False,
     calibration: common.CalibrationFile = None,
     thinking: Thinking = None,
     max_length: MaxLength = 4096,
@@ -131,7 +133,7 @@ def select(
 
     names, models = common.listed(task or []), common.models(model, revision)
     weights = parse_weights(names) if any(":" in name for name in names) else None
-    texts = _calibration(num_examples, seed, num_shots, calibration, thinking, max_length)
+    texts = _calibration(num_examples, seed, num_shots, leave_out_shots, calibration, thinking, max_length)
     keep_ks, schedules = common.keep_ks(keep_k or []), common.listed(schedule or [])
     if out is not None or weights is not None or schedules or (calibration is not None and not names):
         wanted = {"tasks": list(weights or names), "weights": weights, "score": score, "num_shared": num_shared,
@@ -170,10 +172,10 @@ def inspect(
             typer.echo(path)
 
 
-def _calibration(num_examples: int | None, seed: int, num_shots: int | None, file: str | None, thinking: bool | None,
-                 max_length: int) -> dict[str, Any]:
-    return {"num_examples": num_examples, "seed": seed, "num_shots": num_shots, "file": file, "thinking": thinking,
-            "max_length": max_length}
+def _calibration(num_examples: int | None, seed: int, num_shots: int | None, leave_out_shots: bool, file: str | None,
+                 thinking: bool | None, max_length: int) -> dict[str, Any]:
+    return {"num_examples": num_examples, "seed": seed, "num_shots": num_shots, "leave_out_shots": leave_out_shots,
+            "file": file, "thinking": thinking, "max_length": max_length}
 
 
 def _options(device: str, dtype: str, memory_budget: str | None, token_budget: int | None, scratch: Path | None

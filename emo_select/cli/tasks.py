@@ -51,7 +51,7 @@ def _row(task: Task) -> dict[str, Any]:
     train, test = task.sizes or (None, None)
     return {
         "task": task.name, "group": task.group, "kind": task.kind, "shots": task.default_shots,
-        "metric": task.primary_metric, "train": train, "test": test, "data": task.dataset,
+        "metric": task.headline_metric, "train": train, "test": test, "data": task.dataset,
         "here": task.available,
     }
 

@@ -15,6 +15,8 @@ from emo_select.checkpoint import Checkpoint, open_checkpoint
 from emo_select.errors import SpecError, UnknownNameError
 from emo_select.evaluate import parallel
 from emo_select.evaluate.options import EvalOptions
+from emo_select.evaluate.results import read_scores
+from emo_select.evaluate.room import require_room
 from emo_select.evaluate.run import Evaluator, load_engine
 from emo_select.faults import translated
 from emo_select.spec import METHODS, Calibration, digest
@@ -30,13 +32,15 @@ KeepSets = dict[int, "KeepSet"]
 
 @dataclass(frozen=True)
 class Point:
-    """One keep-k of one task. `size` is the bytes of the pruned checkpoint, `value` the task's primary metric."""
+    """One keep-k of one task. `size` is the bytes of the pruned checkpoint, `value` the task's headline metric."""
 
     task: str
     keep_k: int
     size: int
     metric: str
     value: float
+    error: float | None = None
+    documents: int | None = None
 
 
 def sweep_keep_k(
@@ -45,6 +49,7 @@ def sweep_keep_k(
     """Score `model` masked to `keep_sets[task name][keep-k]`; result files in `out_dir/keepk-<K>/`, and the curve."""
     _require_own_model(options)
     with open_checkpoint(model) as checkpoint, parallel.process_group():
+        require_room(checkpoint.config, tasks, options.max_length)
         engine = load_engine(model, options)
         points = [_point(checkpoint, engine, model, task, keep_set, out_dir / f"keepk-{keep_k}", options)
                   for task in tasks for keep_k, keep_set in sorted(keep_sets[task.name].items())]
@@ -78,6 +83,7 @@ def evaluate_keep_set(
         task.require_data()
     _require_own_model(options)
     with open_checkpoint(model) as checkpoint, parallel.process_group():
+        require_room(checkpoint.config, tasks, options.max_length)
         engine = load_engine(model, options)
         return evaluate_masked(engine, checkpoint.config, model, tasks, keep_set, out_dir, options)
 
@@ -95,7 +101,10 @@ def _point(checkpoint: Checkpoint, engine: SharedPrefixLM, model: str, task: Tas
     keep_set.save(out_dir / f"selection-{task.name}.json")
     progress.say(f"{task.name}, keep-k {keep_set.keep_k}")
     metrics = evaluate_masked(engine, checkpoint.config, model, [task], keep_set, out_dir, options)[task.name]
-    return Point(task.name, keep_set.keep_k, size, task.primary_metric, float(metrics["primary_score"]))
+    if parallel.rank():  # the first process writes files, and reads them below
+        return Point(task.name, keep_set.keep_k, size, task.headline_metric, float(metrics[task.headline_metric]))
+    score = read_scores(out_dir, task)[0]
+    return Point(task.name, keep_set.keep_k, size, score.metric, score.value or 0.0, score.error, score.documents)
 
 
 def choose(model: str, task: Task, method: str, keep_ks: Sequence[int], calibration: Calibration,
@@ -126,10 +135,15 @@ def as_text(points: Sequence[Point], width: int = 40) -> str:
     lines = []
     for task in dict.fromkeys(point.task for point in points):
         own = [point for point in points if point.task == task]
-        lines.append(f"{task} ({own[0].metric})")
-        lines += [f"  keep-k {point.keep_k:>4}  {point.size / 1e6:10,.1f} MB  {point.value:6.3f}  "
+        counted = "" if own[0].documents is None else f", n = {own[0].documents:,}"
+        lines.append(f"{task} ({own[0].metric}{counted})")
+        lines += [f"  keep-k {point.keep_k:>4}  {point.size / 1e6:10,.1f} MB  {point.value:6.3f}{_error(point)}  "
                   f"{'█' * round(width * max(point.value, 0) / top)}" for point in own]
     return "\n".join(lines)
+
+
+def _error(point: Point) -> str:
+    return "" if point.error is None else f" ± {point.error:.3f}"
 
 
 def draw(points: Sequence[Point], path: Path) -> bool:
@@ -143,8 +157,8 @@ def draw(points: Sequence[Point], path: Path) -> bool:
     axes = figure.add_subplot()
     for task in dict.fromkeys(point.task for point in points):
         own = [point for point in points if point.task == task]
-        axes.plot([point.size / 1e9 for point in own], [point.value for point in own], marker="o",
-                  label=f"{task} ({own[0].metric})")
+        axes.errorbar([point.size / 1e9 for point in own], [point.value for point in own], marker="o", capsize=2,
+                      yerr=[point.error or 0 for point in own], label=f"{task} ({own[0].metric} ± standard error)")
         for point in own:
             axes.annotate(str(point.keep_k), (point.size / 1e9, point.value), xytext=(0, 6),
                           textcoords="offset points", ha="center", fontsize=8)

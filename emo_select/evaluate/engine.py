@@ -132,7 +132,8 @@ class SharedPrefixLM(Answering, HFLM):
     # ---- generation
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Text]:
-        """Continue every context; greedy requests in shared-prefix batches, others by `HFLM`."""
+        """Continue every context, an empty one from the token that begins texts; greedy requests in shared-prefix
+        batches, others by `HFLM`."""
         return self.answer("generate_until", requests, self._generate, "Generating")
 
     def _generate(self, requests: Sequence[Instance]) -> Iterator[tuple[int, Text]]:
@@ -154,7 +155,7 @@ class SharedPrefixLM(Answering, HFLM):
     def _greedy(self, requests: Sequence[Instance], options: Any) -> Iterator[tuple[int, Text]]:
         limit = self.max_length - options["max_gen_toks"]
         texts = self._tokenise({request.args[0] for request in requests})
-        prompts = [texts[request.args[0]] for request in requests]
+        prompts = [texts[request.args[0]] or [self.prefix_token_id] for request in requests]
         stops, finish = self._stops(options)
         decoder = self.decoder
         for cut in (False, True):  # cut prompts have lost the prefix that the others share

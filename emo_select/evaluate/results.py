@@ -19,6 +19,7 @@ from typing import Any
 
 from emo_select.errors import CheckpointError
 from emo_select.tasks.base import Doc, Task
+from emo_select.tasks.headline import Score, scores_of
 from emo_select.tree import read_json, write_bytes, write_json
 
 MMLU_NAMES = "mmlu_merged_"  # how the run names of subjects begin
@@ -74,6 +75,11 @@ def finished_metrics(folder: Path, task: Task, task_hash: str, model_hash: str) 
     return dict(content["metrics"]) if same and predictions_path(folder, task).exists() else None
 
 
+def read_scores(folder: Path, task: Task) -> list[Score]:
+    """The headline of a task's metrics file, with error and count, and what is shown beside it."""
+    return scores_of(read_json(metrics_path(folder, task)), task.group, task.primary_metric)
+
+
 def write_results(folder: Path, task: Task, outcome: Outcome, heading: Heading) -> dict[str, Any]:
     """Write all files of one task; returns its metrics."""
     for part in task.subtasks():
@@ -95,7 +101,7 @@ def _write(folder: Path, task: Task, outcome: Outcome, heading: Heading) -> dict
         "model_hash": heading.model_hash,
         "model_config": heading.model_config,
         "task_config": {"task_name": task.alias, "task_core": task.name, **heading.task_config,
-                        "primary_metric": task.primary_metric},
+                        "primary_metric": task.primary_metric, "headline_metric": task.headline_metric},
         "compute_config": heading.compute_config,
         "processing_time": heading.processing_time,
         "current_date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),

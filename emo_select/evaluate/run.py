@@ -16,6 +16,7 @@ from emo_select.evaluate import parallel
 from emo_select.evaluate.options import EvalOptions
 from emo_select.evaluate.responses import ResponseStore
 from emo_select.evaluate.results import Heading, Outcome, finished_metrics, write_results
+from emo_select.evaluate.room import require_room
 from emo_select.faults import translated
 from emo_select.models.adapters import adapter_fingerprint, base_and_adapter, merge_adapter
 from emo_select.models.startup import importing
@@ -43,6 +44,8 @@ def evaluate_checkpoint(
     options = options or EvalOptions()
     for task in tasks:
         task.require_data()
+    with open_checkpoint(base_and_adapter(str(model_dir))[0]) as checkpoint:
+        require_room(checkpoint.config, tasks, options.max_length)
     with parallel.process_group(), Evaluator(str(model_dir), Path(out_dir), options) as evaluator:
         return {task.name: evaluator.evaluate(task, index) for index, task in enumerate(tasks)}
 
@@ -127,6 +130,7 @@ class Evaluator:
             responses[instance.doc_id].append(instance.resps[0])
         predictions = [task.prediction(doc, answers) for doc, answers in zip(docs, responses, strict=True)]
         issues = row_issues(numbers, responses, self.engine.max_length, task.remarks(docs))
+        _say_issues(task, issues, len(docs))
         return Outcome(numbers, docs, predictions), issues
 
     def _heading(self, task: Task, task_hash: str, seconds: float, issues: Mapping[str, Any], task_idx: int) -> Heading:
@@ -190,6 +194,20 @@ def row_issues(
              for kind, test in kinds.items()}
     found |= {kind: [numbers[position] for position in positions] for kind, positions in remarks.items()}
     return {kind: {"documents": len(rows), "first": rows[:NAMED_ROWS]} for kind, rows in found.items() if rows}
+
+
+SAID = {
+    "longer_than_context": "are longer than the context and were cut on the left",
+    "answer_without_tokens": "have an answer without a token of its own, which is not scored and never wins",
+}
+
+
+def _say_issues(task: Task, issues: Mapping[str, Any], documents: int) -> None:
+    for kind, words in SAID.items():
+        if kind in issues:
+            found, first = issues[kind]["documents"], issues[kind]["first"][:3]
+            some = ", ".join(map(str, first)) + (", …" if found > len(first) else "")
+            progress.say(f"{task.name}: {found} of {documents} documents {words} (numbers {some}).")
 
 
 def _require_documents(task: Task, chosen: Sequence[int], available: int) -> None:

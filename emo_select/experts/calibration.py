@@ -146,7 +146,7 @@ def _texts(source: Task | Sequence[Example] | None, calibration: Calibration, to
         return [Text(example.text, example.group or "all") for example in source]
     name = source.name
     return [Text(example.text, f"{name}/{example.group}" if example.group else name)
-            for example in source.examples(SPLIT, num_shots=calibration.num_shots)]
+            for example in source.examples(SPLIT, calibration.num_shots, leave_out_shots=calibration.leave_out_shots)]
 
 
 def _tokenise(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_length: int

@@ -28,7 +28,8 @@ def twin_key(spec: RunSpec, *, keeps_all: bool) -> str:
     same: dict[str, Any] = {"evaluation": Evaluation()}
     if keeps_all:  # how experts are chosen does not matter, but the shots of the examples do
         same |= {"method": "layerwise", "score": RunSpec.model_fields["score"].default,
-                 "calibration": Calibration(num_shots=spec.calibration.num_shots)}
+                 "calibration": Calibration(num_shots=spec.calibration.num_shots,
+                                            leave_out_shots=spec.calibration.leave_out_shots)}
     return spec.model_copy(update=same).model_dump_json()
 
 

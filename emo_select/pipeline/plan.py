@@ -9,6 +9,7 @@ from functools import partial
 
 from emo_select import record
 from emo_select.errors import SpecError, UnknownNameError
+from emo_select.evaluate.room import require_room
 from emo_select.pipeline.runs import ONE_PASS, STAGES, Run, checkpoint_fingerprint
 from emo_select.record import RunRecord, State
 
@@ -41,7 +42,8 @@ class Step:
 def plan(run: Run, stages: Sequence[str] = STAGES, force: Sequence[str] = ()) -> list[Step]:
     """Decide for each stage whether it runs.
 
-    Raises `SpecError` where a stage is asked for whose input is neither there nor asked for.
+    Raises `SpecError` where a stage is asked for whose input is neither there nor asked for, and where the task's
+    answers leave no room for a prompt.
     """
     for name in (*stages, *force):
         if name not in STAGES:
@@ -52,6 +54,8 @@ def plan(run: Run, stages: Sequence[str] = STAGES, force: Sequence[str] = ()) ->
         decided[stage] = _decide(run, stage, states[stage], decided, stages)
     if decided["finetune"].action is Action.RUN and "eval" in stages:
         decided["eval"] = Step("eval", Action.RUN, "new checkpoints")
+    if decided["eval"].action is Action.RUN:
+        require_room(run.source.config, [run.task], run.spec.evaluation.max_length)
     return [decided[stage] for stage in STAGES]
 
 

@@ -115,8 +115,9 @@ def _start_depends(run: Run) -> dict[str, Any]:
 def _finetune_depends(run: Run) -> dict[str, Any]:
     training = run.spec.training
     examples = _file_digest(training.file) if training.file else run.task.fingerprint()
-    shots = None if training.file else run.spec.calibration.num_shots
-    return {**_start_depends(run), "examples": examples, "num_shots": shots, "training": training.model_dump()}
+    texts = run.spec.calibration
+    own = {} if training.file else {"num_shots": texts.num_shots, "leave_out_shots": texts.leave_out_shots}
+    return {**_start_depends(run), "examples": examples, **own, "training": training.model_dump()}
 
 
 def _eval_depends(run: Run) -> dict[str, Any]:

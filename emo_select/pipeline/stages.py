@@ -244,7 +244,9 @@ def _finetune(run: Run) -> None:
     from emo_select.finetune import finetune
 
     def work(run: Run, measured: Measurement) -> list[Path]:
-        examples = [] if run.spec.training.file else run.task.examples("train", run.spec.calibration.num_shots)
+        texts = run.spec.calibration
+        examples = [] if run.spec.training.file else run.task.examples("train", texts.num_shots,
+                                                                       leave_out_shots=texts.leave_out_shots)
         machine = run.execution
         if run.source.total_bytes < TINY_MODEL:  # memory is no concern, so nothing is computed twice to save it
             machine = machine.model_copy(update={"gradient_checkpointing": False})

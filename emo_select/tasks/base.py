@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from emo_select.errors import TaskError, UnknownNameError
 from emo_select.progress import say
+from emo_select.tasks.headline import HEADLINES
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task as LmEvalTask
@@ -299,6 +300,16 @@ class Task(ABC):
     def generation_options(self) -> dict[str, Any]:
         """Options of a generation request, as lm-eval names them; empty for multiple choice."""
         return {}
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """Tokens that a generation may have; None for multiple choice. Needs no data."""
+        return None
+
+    @property
+    def headline_metric(self) -> str:
+        """The metric that stands for this task wherever one number is shown."""
+        return HEADLINES.get(self.group, self.primary_metric)
 
     @abstractmethod
     def requests(self, doc: Doc, num_shots: int | None = None) -> list[Request]:

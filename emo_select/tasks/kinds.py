@@ -163,6 +163,10 @@ class Generate(Task):
         return f"{doc['context']} {doc['shot_answer']}"
 
     @property
+    def max_new_tokens(self) -> int:
+        return self.max_tokens
+
+    @property
     def generation_options(self) -> dict[str, Any]:
         return {"until": list(self.stops), "max_gen_toks": self.max_tokens, "do_sample": False, "temperature": 0.0}
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from emo_select.tasks.lmeval_index import Index
 
+LM_EVAL_NEW_TOKENS = 256  # what lm-eval generates at most where a task does not say
 SHOTS_SEED = 1234  # the seed that lm-eval's own command gives its few-shot sampler
 PREFERRED = ("acc_norm", "acc", "exact_match", "f1")  # which metric of several is the primary one
 DEFAULT_METRICS = {"multiple_choice": ["acc", "acc_norm"], "loglikelihood": ["acc"], "generate_until": ["exact_match"]}
@@ -254,6 +255,11 @@ class LmEvalGeneration(LmEvalTask):
     """Kind generate_until."""
 
     kind: ClassVar[str] = "generation"
+
+    @property
+    def max_new_tokens(self) -> int:
+        options = self.leaf.config.get("generation_kwargs") or {}
+        return int(options.get("max_gen_toks") or options.get("max_new_tokens") or LM_EVAL_NEW_TOKENS)
 
     @property
     def generation_options(self) -> dict[str, Any]:

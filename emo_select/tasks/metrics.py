@@ -249,12 +249,10 @@ def last_number(text: str) -> Decimal | None:
     A sign counts unless it stands behind a letter, digit or bracket ("3-5" ends with 5, "= -5" with -5); currency
     signs and thousands separators do not, nor does what follows the number ("12.5%" is 12.5).
     """
-    found = None
-    for found in _QUANTITY.finditer(text):
-        pass
-    if found is None:
+    found = _QUANTITY.findall(text)
+    if not found:
         return None
-    sign, digits, exponent = (part or "" for part in found.groups())
+    sign, digits, exponent = found[-1]
     return Decimal(sign.replace("−", "-") + digits.replace(",", "") + exponent)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +147,10 @@ def test_sweep_of_keep_k_on_one_loaded_model(model: Path, tasks: list[Task], tmp
 
 
 def test_the_curve_as_text() -> None:
-    text = curve.as_text([curve.Point("t", 8, 10**9, "acc_raw", 0.5), curve.Point("t", 16, 2 * 10**9, "acc_raw", 1.0)])
-    assert text.splitlines()[0] == "t (acc_raw)" and "1,000.0 MB" in text and text.count("█") == 60
+    text = curve.as_text([curve.Point("t", 8, 10**9, "acc_raw", 0.5, 0.1, 25),
+                          curve.Point("t", 16, 2 * 10**9, "acc_raw", 1.0, 0.0, 25)])
+    assert text.splitlines()[0] == "t (acc_raw, n = 25)" and "0.500 ± 0.100" in text
+    assert "1,000.0 MB" in text and text.count("█") == 60
 
 
 def test_samples_pick_documents(model: Path, tasks: list[Task], tmp_path: Path) -> None:
@@ -186,3 +190,65 @@ def test_a_row_longer_than_the_context_is_counted(model: Path, tasks: list[Task]
         [path] = tmp_path.glob(f"task-{task.alias}-metrics.json")
         assert json.loads(path.read_text())["row_issues"] == {
             "longer_than_context": {"documents": LIMIT, "first": list(range(LIMIT))}}
+
+
+def own_task(folder: Path, kind: str, rows: list[dict[str, Any]], **keys: Any) -> Task:
+    """A user's task of these rows, all of them test documents."""
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    base = {"name": "own", "kind": kind, "data": {"test": "rows.jsonl"}, "text": "{{ q }}"}
+    (folder / "own.yaml").write_text(json.dumps({**base, **keys}))
+    return get_tasks([str(folder / "own.yaml")])[0]
+
+
+@pytest.fixture
+def short_model(model: Path, tmp_path: Path) -> Path:
+    """The tiny EMO with a context of 64 tokens."""
+    folder = tmp_path / "short"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    return folder
+
+
+@pytest.mark.parametrize("asked", [64, 300])
+def test_answers_as_long_as_the_context_are_refused_before_loading(
+    short_model: Path, tmp_path: Path, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "load_engine", lambda *args: pytest.fail("the model was loaded"))
+    task = own_task(tmp_path, "generation", [{"q": "sun", "a": "moon"}], answer="{{ a }}", max_tokens=asked)
+    with pytest.raises(SpecError, match=rf"own generates up to {asked} tokens.*64 \(the model's context\)"):
+        evaluate_checkpoint(short_model, [task], tmp_path / "out", options())
+    with pytest.raises(SpecError, match=r"16 \(--max-length\)"):
+        evaluate_checkpoint(short_model, [task], tmp_path / "out", options(max_length=16))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("texts", [["", "sun and moon"], ["", ""], ["s", "m"]])
+def test_empty_and_short_prompts_are_continued(short_model: Path, tmp_path: Path, texts: list[str]) -> None:
+    task = own_task(tmp_path, "generation", [{"q": text, "a": "moon"} for text in texts], answer="{{ a }}",
+                    max_tokens=63, stops=["never"])
+    evaluate_checkpoint(short_model, [task], tmp_path / "out", options())
+    assert [bool(line["model_output"][0]["continuation"]) for line in predictions(tmp_path / "out")] == [True] * 2
+
+
+def test_an_answer_without_tokens_never_wins_and_is_said(short_model: Path, tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"q": "the sun", "options": ["moon", ""], "right": 0}, {"q": "the sun", "options": ["", ""], "right": 0}]
+    task = own_task(tmp_path, "multiple_choice", rows, choices="options", gold="{{ right }}")
+    tokenizer = json.loads((short_model / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Strip", "strip_left": False, "strip_right": True}
+    (short_model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    evaluate_checkpoint(short_model, [task], tmp_path / "out", options())
+    first, second = (line["metrics"] for line in predictions(tmp_path / "out"))
+    assert (first["predicted_index_raw"], first["acc_raw"]) == (0, 1)
+    assert (second["predicted_index_raw"], second["acc_raw"], second["sum_logits_corr"]) == (None, 0, None)
+    assert "own: 2 of 2 documents have an answer without a token of its own" in capsys.readouterr().err
+
+
+def test_every_printed_score_names_metric_error_and_count(model: Path, tasks: list[Task], tmp_path: Path) -> None:
+    printed = invoke("-m", str(model), "-t", tasks[0].name, "--limit", "6", "--out", str(tmp_path)).stdout
+    assert re.search(rf"{tasks[0].name} +{tasks[0].headline_metric} 0\.\d{{4}} ± 0\.\d{{4}} \(n = 6\)", printed)
+    data = json.loads(invoke("-m", str(model), "-t", tasks[0].name, "--limit", "6", "--out", str(tmp_path),
+                             "--json").stdout)[str(model)][tasks[0].name]
+    assert (data["metric"], data["documents"]) == (tasks[0].headline_metric, 6)
+    assert data["value"] == data["metrics"][data["metric"]] and data["standard_error"] is not None

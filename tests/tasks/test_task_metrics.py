@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from emo_select.tasks import Generation, LogLikelihood, get_tasks
 from emo_select.tasks import metrics as m
-from emo_select.tasks.kinds import MultipleChoice
+from emo_select.tasks.kinds import MultipleChoice, score_gsm8k, score_number
 
 CASES = ["mc_uncond", "mc_uncond_mmlu_pro", "mc_plain_boolq", "mc_winogrande", "squad", "triviaqa", "coqa", "naturalqs",
          "drop", "gsm8k"]
@@ -97,3 +98,35 @@ def test_last_number(text: str, number: str) -> None:
 def test_averages_leave_out_what_is_absent() -> None:
     assert m.mean([1, None, 2]) == 1.5
     assert math.isnan(m.mean([None]))
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("so -5", "-5"), ("it is 5.0", "5"), ("3-5", "5"), ("10 - 5", "5"), ("= −7", "-7"), ("-$1,234.50.", "-1234.5"),
+    ("$ 12", "12"), (".5", "0.5"), ("2e3 J", "2000"), ("12.5%", "12.5"), ("x2-3", "3"), ("(-4)", "-4"), ("none", None),
+])
+def test_value_of_the_last_number(text: str, value: str | None) -> None:
+    assert m.last_number(text) == (None if value is None else Decimal(value))
+
+
+def test_numbers_of_own_tasks_compare_by_value_and_those_of_gsm8k_as_published() -> None:
+    doc = {"references": ["-5"]}
+    assert [score_number(text, doc)["exact_match"] for text in ("-5.0", "5", "no number")] == [1, 0, 0]
+    published = {"references": [m.gsm8k_number("-5")]}
+    assert [score_gsm8k(text, published)["exact_match"] for text in ("-5", "5", "5.0")] == [1, 1, 0]
+
+
+def test_an_empty_reference_of_an_own_task_is_met_by_an_empty_answer_only() -> None:
+    assert m.squad_metrics("anything", [""])["recall"] == 1  # as published
+    assert set(m.answer_metrics("anything", ["", "the"]).values()) == {0}
+    assert set(m.answer_metrics(" ", [""]).values()) == {1}
+    assert m.answer_metrics("a cat", ["", "cat"]) == {"exact_match": True, "f1": 1.0, "recall": 1.0}
+
+
+def test_choices_without_tokens_come_last() -> None:
+    task = get_tasks(["arc_easy"])[0]
+    doc = {"continuations": [" a", ""], "gold": 1, "contexts": ["x", "x"], "group": ""}
+    output = [LogLikelihood(-9.0, False, 2, 3), LogLikelihood(0.0, True, 0, 1)] * 2
+    doc["continuations"][1] = " "  # one character, no token
+    found = task.prediction(doc, output)["metrics"]
+    assert {found[f"predicted_index_{name}"] for name in ("raw", "per_char", "per_token", "per_byte", "uncond")} == {0}
+    assert found["acc_raw"] == 0 and found["sum_logits_corr"] is None and found["softloss_corr"] == 0

@@ -193,3 +193,24 @@ def test_templates_keep_final_newlines() -> None:
 def test_unknown_names_have_near_matches() -> None:
     with pytest.raises(UnknownNameError, match="'arc_easy'"):
         get_tasks(["arc_esy"])
+
+
+def test_rows_that_are_shots_are_not_trained_on_unless_kept(tmp_path: Path) -> None:
+    rows = [{"q": f"Question {number}", "options": ["a", "b"], "right": 0} for number in range(4)]
+    definition = {**CHOICE, "data": {"train": "rows.jsonl", "test": "rows.jsonl"}, "shots": 2}
+    task = load(tmp_path, definition, rows)
+    assert [example.prompt.count("Question 2") for example in task.examples("train")] == [1, 0]
+    assert len(task.examples("validation")) == 2 and len(task.examples("train", num_shots=0)) == 4
+    assert len(task.examples("test")) == 4 and len(task.examples("train", num_shots=1)) == 3
+    kept = load(tmp_path, {**definition, "shot_rows": "keep"}, rows)
+    assert len(kept.examples("train")) == 4 and len(kept.examples("train", leave_out_shots=True)) == 2
+    assert all("Question 0\nAnswer: a" in example.prompt for example in kept.examples("train"))
+    with pytest.raises(TaskError, match="Every train row of task mine is a few-shot example"):
+        load(tmp_path, definition, rows[:2]).examples("train")
+
+
+def test_a_number_without_a_number_is_refused(tmp_path: Path) -> None:
+    definition = {"name": "mine", "kind": "generation", "data": {"test": "rows.jsonl"}, "text": "{{ q }}",
+                  "answer": "{{ a }}", "score": "number"}
+    with pytest.raises(TaskError, match="the reference 'many' has no number"):
+        load(tmp_path, definition, [{"q": "How many?", "a": "many"}])
