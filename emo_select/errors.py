@@ -53,6 +53,10 @@ class TaskError(UsageError):
     """A task definition or a row of its data is not valid."""
 
 
+class TokenDataError(UsageError):
+    """Token files, a mix of them, or texts to make them from cannot be used."""
+
+
 class DataMissingError(UsageError):
     """A dataset is not available locally; the message names the command that fetches it."""
 

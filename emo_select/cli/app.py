@@ -23,7 +23,7 @@ from emo_select.faults import translated
 
 # Order of the groups in --help; each module has `register(app)`.
 GROUPS = ("run", "select", "prune", "finetune", "evaluate", "table", "sweep", "tasks", "clusters", "pretrain",
-          "pretrain_demo", "convert", "info")
+          "pretrain_demo", "data", "convert", "info")
 
 app = typer.Typer(
     name="emo-select",

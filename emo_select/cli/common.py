@@ -80,6 +80,14 @@ def emit(value: Any) -> None:
     sys.stdout.write("\n")
 
 
+def size(number: float) -> str:
+    """Bytes as people read them: 12.3 MB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if number >= scale:
+            return f"{number / scale:,.1f} {unit}"
+    return f"{number / 1e3:,.1f} kB"
+
+
 def listed(values: list[str]) -> list[str]:
     """Flatten repeated and comma-separated values."""
     from emo_select.spec import listed

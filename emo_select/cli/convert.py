@@ -131,10 +131,6 @@ def _compare(checkpoint: str, out: Path, to: Format, dtype: str) -> Agreement:
     return compare(training, released, dtype=dtype)
 
 
-def _size(number: int) -> str:
-    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.2f} MB"
-
-
 def _report(report: dict[str, Any], out: Path, agreement: Agreement | None, *, written: bool, as_json: bool) -> None:
     from dataclasses import asdict
 
@@ -148,8 +144,8 @@ def _report(report: dict[str, Any], out: Path, agreement: Agreement | None, *, w
         shared = f" ({report['shared']} shared)" if report["shared"] else ""
         experts = f"{report['experts']} experts{shared}" if report["experts"] else "no experts"
         say(f"{'Wrote' if written else 'Would write'} {out}: {report['layers']} layers, {experts}, vocabulary "
-            f"{report['vocabulary']}, {report['dtype']}, {_size(report['bytes'])}, with at most "
-            f"{_size(report['memory_bytes'])} in memory.")
+            f"{report['vocabulary']}, {report['dtype']}, {common.size(report['bytes'])}, with at most "
+            f"{common.size(report['memory_bytes'])} in memory.")
     if agreement and not as_json:
         say(f"Largest difference of a logit on {agreement.tokens} random tokens: {agreement.difference:.1e} "
             f"(up to {agreement.tolerance:.1e} is rounding).")

@@ -16,7 +16,7 @@ from emo_select.convert.dcp import TrainingTensors
 from emo_select.convert.experiment import TrainingModel, read_experiment, with_vocabulary
 from emo_select.convert.layout import Group, groups, split
 from emo_select.convert.released import STOP_TOKENS, check_convertible, generation_config, released_config
-from emo_select.convert.tokenizers import find_tokenizer, token_numbers, tokenizer_output, write_files
+from emo_select.convert.tokenizers import find_tokenizer, tokenizer_output, write_files
 from emo_select.errors import CheckpointError, NumericError, SpecError
 from emo_select.progress import say, track
 from emo_select.tree import read_json, require_space, staged_directory
@@ -28,6 +28,7 @@ DTYPES_OF_WEIGHTS = ("float32", "bfloat16", "float16")
 WEIGHTS = "model_and_optim"
 RECORD = "conversion.json"
 USUAL_LENGTH = 4096  # of all published trainings, where config.json does not say
+CONVERTED = "converted model"
 LOOK_AT = 1 << 20  # values
 
 
@@ -100,7 +101,7 @@ def to_hf(checkpoint: Path, out: Path, options: HfOptions | None = None) -> dict
     if is_converted(out, record):
         return describe(plan)
     require_space(out.parent, plan.total_bytes, "The converted checkpoint")
-    with staged_directory(out, _key(plan, options)) as folder:
+    with staged_directory(out, _key(plan, options), CONVERTED) as folder:
         _write_weights(plan, folder, options.max_shard_bytes)
         write_files(plan.files, folder)
         described = {"config.json": plan.config, RECORD: record}
@@ -192,10 +193,8 @@ def _files(checkpoint: Path, model: TrainingModel, options: HfOptions, length: i
     if options.tokenizer != "none":
         found = find_tokenizer(checkpoint, model.tokens, options.tokenizer, download=download)
     files = tokenizer_output(found, model.tokens, length) if found else {}
-    stops: list[int] = []
-    if found:
-        numbers = token_numbers(files["tokenizer.json"], found.folder) if "tokenizer.json" in files else {}
-        stops = [numbers[name] for name in STOP_TOKENS if name in numbers]
+    numbers = found.files.numbers if found else {}
+    stops = [numbers[name] for name in STOP_TOKENS if name in numbers]
     generation = generation_config(stops, model.tokens.pad, published=options.published_config)
     return {**files, "generation_config.json": _json(generation)}
 

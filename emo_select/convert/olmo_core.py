@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from emo_select.checkpoint import Checkpoint, open_checkpoint
 from emo_select.checkpoint.header import SAFETENSORS_DTYPE, tensor_bytes
+from emo_select.checkpoint.tokenizer import TokenizerFiles
 from emo_select.convert.dcp_write import ARCHIVE_BYTES, assign_parts, write_parts
 from emo_select.convert.experiment import Pools, TrainingModel, with_vocabulary
 from emo_select.convert.experiment_write import experiment_config
-from emo_select.convert.hf import DTYPES_OF_WEIGHTS, RECORD, WEIGHTS, all_finite, is_converted
+from emo_select.convert.hf import CONVERTED, DTYPES_OF_WEIGHTS, RECORD, WEIGHTS, all_finite, is_converted
 from emo_select.convert.layout import Group, groups, join
 from emo_select.convert.released import PUBLISHED_BALANCE, read_released
-from emo_select.convert.tokenizers import copy_tokenizer, token_numbers
+from emo_select.convert.tokenizers import copy_tokenizer
 from emo_select.errors import CheckpointError, ModelError, NumericError, SpecError
 from emo_select.progress import track
 from emo_select.tree import require_space, staged_directory, write_json
@@ -82,7 +83,7 @@ def to_olmo_core(source: str, out: Path, options: CoreOptions | None = None) -> 
     if is_converted(out, record):
         return describe(plan)
     require_space(out.parent, plan.total_bytes + ARCHIVE_BYTES * len(plan.groups), "The training checkpoint")
-    with plan.source, staged_directory(out, _key(plan)) as folder:
+    with plan.source, staged_directory(out, _key(plan), CONVERTED) as folder:
         _write_weights(plan, folder / WEIGHTS)
         copy_tokenizer(plan.source.directory, folder / "tokenizer")
         write_json(folder / ".metadata.json", {"ephemeral": False, "version": _version()})
@@ -141,10 +142,8 @@ def _balance(config: dict[str, Any]) -> float:
 
 def _tokenizer_size(checkpoint: Checkpoint, model: TrainingModel) -> int:
     """Tokens of the tokenizer beside the weights; without one, as many as there are rows."""
-    path = checkpoint.directory / "tokenizer.json"
-    if not path.is_file():
-        return model.vocabulary
-    return min(model.vocabulary, 1 + max(token_numbers(path.read_bytes(), path.parent).values(), default=-1))
+    files = TokenizerFiles(checkpoint.directory)
+    return min(model.vocabulary, files.size) if files.path.is_file() else model.vocabulary
 
 
 def _check_routing(model: TrainingModel) -> None:
