@@ -23,6 +23,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from emo_select.checkpoint.card import CARD
 from emo_select.errors import CheckpointError
 from emo_select.spec import Frozen, RunSpec
 from emo_select.tree import RunPaths, read_json, write_json
@@ -155,9 +156,10 @@ def activations_fingerprint(record_file: Path) -> str | None:
 
 
 def sizes(root: Path, outputs: list[Path]) -> dict[str, int]:
-    """Every file under `outputs`, relative to `root`, with its size in bytes."""
+    """Every file under `outputs`, relative to `root`, with its size in bytes; cards change when scores come in."""
     files = [file for path in outputs for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    return {str(file.relative_to(root)): file.stat().st_size for file in files if file.is_file()}
+    return {str(file.relative_to(root)): file.stat().st_size for file in files
+            if file.is_file() and file.name != CARD}
 
 
 @contextmanager

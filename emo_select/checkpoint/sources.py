@@ -17,7 +17,8 @@ PUBLISHED = (
 DATA_DIR_VARIABLE = "EMO_SELECT_DATA_DIR"
 MODELS = "models"  # the data folder's own folder of models
 # Code comes along as text, so that a pruned copy still has it; nothing runs it unless the user asks for that.
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "README.md", "LICENSE*",
+             "NOTICE*")
 
 
 def resolve(source: str, revision: str | None = None, *, data_dir: str | Path | None = None,

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from emo_select.evaluate.prefixes import Ids, common_prefix
 from emo_select.evaluate.scoring import Counters, PrefixLayer, halved
+from emo_select.models.caching import cache_argument
 
 WORTH_CACHING = 64  # tokens of a common prefix, below which it is run with every row
 ROOM = 64  # positions that a cache grows by, so that most steps copy nothing
@@ -168,7 +169,7 @@ class GreedyDecoder:
     def _encode_prefix(self, tokens: Ids) -> Cache:
         cache = Cache(layer_class_to_replicate=PrefixLayer)
         ids = torch.from_numpy(tokens)[None].to(self.device)
-        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_argument(type(self.model)): cache})
         self.counters.prefix += len(tokens)
         self.counters.forwards += 1
         return cache
@@ -178,7 +179,7 @@ class GreedyDecoder:
         """The most likely next token of every row (B)."""
         logits: torch.Tensor = self.model(
             input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions,
-            past_key_values=batch.cache, use_cache=True, logits_to_keep=1,
+            use_cache=True, logits_to_keep=1, **{cache_argument(type(self.model)): batch.cache},
         ).logits
         self.counters.packed += batch.ids.numel()
         self.counters.forwards += 1

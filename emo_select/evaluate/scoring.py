@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from emo_select.errors import NumericError, SpecError
 from emo_select.evaluate.prefixes import Block, Ids, Pack, Planner, ScoredInput, build_pack
+from emo_select.models.caching import cache_argument
 
 PACK_TOKENS = 256  # aimed at per pack: enough for a document or more, few enough that hidden pairs cost little
 HEAD_ELEMENTS = 1 << 25  # logits that are turned into float32 probabilities at a time
@@ -101,7 +102,7 @@ class SharedPrefixScorer:
             return None
         cache = Cache(layer_class_to_replicate=PrefixLayer)
         ids = torch.from_numpy(block.prefix)[None].to(self.device)
-        self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_argument(type(self.model)): cache})
         self.counters.prefix += block.length
         self.counters.forwards += 1
         return cache
@@ -116,9 +117,9 @@ class SharedPrefixScorer:
             input_ids=self._padded([pack.tokens for pack in packs], width),
             position_ids=self._padded([pack.positions for pack in packs], width),
             attention_mask=self._mask(packs, width, prefix.get_seq_length() if prefix else 0),
-            past_key_values=prefix,
             use_cache=prefix is not None,
             logits_to_keep=torch.from_numpy(wanted).to(self.device),
+            **{cache_argument(type(self.model)): prefix},
         ).logits
         self.counters.packed += real
         self.counters.padding += width * len(packs) - real

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from emo_select.checkpoint import Checkpoint, ShardedWriter, TensorSpec, assign_shards, open_checkpoint
+from emo_select.checkpoint.card import LEGAL, write_card
 from emo_select.checkpoint.finite import all_finite
 from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE
 from emo_select.checkpoint.reader import INDEX
@@ -117,6 +118,7 @@ def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dt
                          "config.json": plan.config}
             for name, value in described.items():  # the folder is flushed as a whole before it appears
                 (folder / name).write_text(json.dumps(value, indent=1) + "\n")
+            write_card(folder, checkpoint.directory)
 
 
 def plan_prune(checkpoint: Checkpoint, keep_set: KeepSet, *, dtype: str | None = None, allow_nonuniform: bool = False
@@ -336,5 +338,6 @@ def _link_shards(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
     for path in sorted(checkpoint.directory.iterdir()):
-        if path.is_file() and path.suffix in COMPANIONS and path.name not in REPLACED:
+        wanted = path.suffix in COMPANIONS or any(path.match(pattern) for pattern in LEGAL)
+        if path.is_file() and wanted and path.name not in REPLACED:
             shutil.copyfile(path, folder / path.name)

@@ -102,13 +102,19 @@ def _agree(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(flag) for flag in agreed)
 
 
-def write_checkpoint(model: PreTrainedModel, tensors: Mapping[str, Tensor], source: Path, final: Path) -> None:
+Describe = Callable[[Path], None]
+"""Writes the card of a folder that is complete but for it."""
+
+
+def write_checkpoint(model: PreTrainedModel, tensors: Mapping[str, Tensor], source: Path, final: Path,
+                     describe: Describe) -> None:
     """Publish `tensors` (named as in memory) in the layout and dtypes of `source`, with its other files unchanged."""
     partial = partial_directory(final)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _write_tensors(model, tensors, source, partial)
     copy_companions(source, partial)
+    describe(partial)
     publish(partial, final, FINETUNED)
 
 
@@ -126,7 +132,8 @@ def _write_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], source
                 out.write(name, split[name].to(getattr(torch, DTYPES[start.tensors[name].dtype][1])))
 
 
-def write_adapter(model: PeftModel, tensors: dict[str, Tensor], source: Path, final: Path, *, merge: bool) -> None:
+def write_adapter(model: PeftModel, tensors: dict[str, Tensor], source: Path, final: Path,
+                  describe: Describe, *, merge: bool) -> None:
     """Publish an adapter; with `merge` the checkpoint is the merged model and the adapter lies in `adapter/`."""
     from emo_select.models import load_model
 
@@ -139,6 +146,7 @@ def write_adapter(model: PeftModel, tensors: dict[str, Tensor], source: Path, fi
         merged = merge_adapter(load_model(str(source), dtype="auto"), adapter)
         _write_tensors(merged, merged.state_dict(), source, partial)
         copy_companions(source, partial)
+    describe(partial)
     publish(partial, final, FINETUNED)
 
 

@@ -14,12 +14,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emo_select import ownership
 from emo_select.checkpoint import open_checkpoint, read_config
+from emo_select.checkpoint.card import write_card
 from emo_select.errors import EmoSelectError
 from emo_select.finetune.job import Job
 from emo_select.models.families import family_of, is_moe
@@ -152,10 +153,11 @@ def _write_weights(job: Job, trainer: RecipeTrainer, step: int) -> None:
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         final = job.out / f"checkpoint-{step}"
+        describe = partial(write_card, start=job.model, training=job.training, step=step)
         if job.training.lora is None:
-            saving.write_checkpoint(model, tensors, job.model, final)
+            saving.write_checkpoint(model, tensors, job.model, final, describe)
         else:
-            saving.write_adapter(model, tensors, job.model, final, merge=job.training.lora.merge)
+            saving.write_adapter(model, tensors, job.model, final, describe, merge=job.training.lora.merge)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -33,7 +33,7 @@ class EmoConfig(_PublishedKeys, PreTrainedConfig):
     """
 
     model_type = "emo"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts"}
     default_theta = 500000.0
 

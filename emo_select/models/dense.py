@@ -7,6 +7,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.olmo2.modeling_olmo2 import Olmo2ForCausalLM, Olmo2MLP, Olmo2Model
 
+from emo_select.models.caching import NEW, OLD
 from emo_select.models.config import Olmo2NoQKNormPrenormConfig
 from emo_select.models.emo import EmoAttention, EmoRMSNorm, EmoRotaryEmbedding, PrenormDecoderLayer
 
@@ -26,7 +27,7 @@ class Olmo2NoQKNormPrenormPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Olmo2NoQKNormPrenormDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [OLD, NEW]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

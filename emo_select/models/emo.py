@@ -28,7 +28,10 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from emo_select.models.balancing import load_balancing_loss
+from emo_select.models.caching import NEW, OLD, cache_argument
 from emo_select.models.config import EmoConfig, FlexOlmoNoQKNormPrenormConfig
+
+CACHE = cache_argument(Olmo2Attention)  # as the layers of this transformers take it, and as its outputs call it
 
 
 class EmoRMSNorm(Olmo2RMSNorm):
@@ -191,14 +194,18 @@ class PrenormDecoderLayer(GradientCheckpointingLayer):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """(B, S, D) → (B, S, D); `position_embeddings` are the (cos, sin) of `EmoRotaryEmbedding`."""
+        """(B, S, D) → (B, S, D); `position_embeddings` are the (cos, sin) of `EmoRotaryEmbedding`.
+
+        `cache` and `past_key_values` are two names of one thing, as in transformers.
+        """
+        kwargs[CACHE] = cache if cache is not None else past_key_values
         attended, _ = self.self_attn(
             hidden_states=self.pre_attention_layernorm(hidden_states),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             position_embeddings=position_embeddings,
             **kwargs,
         )
@@ -222,7 +229,7 @@ class EmoPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["EmoDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [OLD, NEW]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -300,6 +307,7 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> EmoCausalLMOutput:
         """Logits (B, S or `logits_to_keep`, vocabulary), router logits per MoE layer (T, E), and the losses.
@@ -313,10 +321,10 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
+            **{CACHE: cache if cache is not None else past_key_values},
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -329,11 +337,11 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
             loss=self._total_loss(ce_loss, aux_loss),
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             ce_loss=ce_loss,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _total_loss(self, ce_loss: Tensor | None, aux_loss: Tensor | None) -> Tensor | None:

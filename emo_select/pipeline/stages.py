@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emo_select import progress, record
+from emo_select.checkpoint.card import add_scores
 from emo_select.errors import EmoSelectError
 from emo_select.faults import require_writable, translated
 from emo_select.pipeline import runfile
@@ -280,6 +281,8 @@ def _evaluate_checkpoint(step: int, run: Run, measured: Measurement) -> list[Pat
     model = run.start_model if step == 0 else run.paths.checkpoint(step)
     scores = evaluate_checkpoint(model, [run.task], run.paths.result(step), evaluation_options(run))
     measured.notes |= {"metrics": scores}
+    for folder in (run.paths.selected_model, run.paths.checkpoint(0)) if step == 0 else (model,):
+        add_scores(folder, run.paths.result(step))
     return [run.paths.result(step)]
 
 

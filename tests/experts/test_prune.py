@@ -187,7 +187,7 @@ def test_companion_files(source: Path, some: KeepSet, tmp_path: Path) -> None:
     prune_checkpoint(source, some, tmp_path / "pruned", metadata={"task": "mine"})
     assert contents(tmp_path / "pruned").keys() == {
         "model.safetensors", "config.json", "generation_config.json", "pruning_metadata.json", "experts.json",
-        "expert_mask.json", "tokenizer.json", "chat_template.jinja", "modeling_emo.py", MARKER}
+        "expert_mask.json", "tokenizer.json", "chat_template.jinja", "modeling_emo.py", "README.md", MARKER}
     assert json.loads((tmp_path / "pruned/experts.json").read_text())["1"] == [1, 2, 3, 7, 8, 15]
     assert json.loads((tmp_path / "pruned/pruning_metadata.json").read_text())["task"] == "mine"
     mask = json.loads((tmp_path / "pruned/expert_mask.json").read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -300,3 +302,23 @@ def test_hidden_states_and_attentions_are_recorded(tiny):
 
 def test_layers_are_whole_units_for_sharding():
     assert EmoForCausalLM._no_split_modules == [EmoDecoderLayer.__name__]
+
+
+def test_a_cache_may_be_given_under_either_of_its_names(tiny):
+    """transformers 5.24 calls it `cache` and warns of the old name, which goes away in 5.40."""
+    model = tiny()
+    whole = model(IDS).logits
+    for name in ("past_key_values", "cache"):
+        held = DynamicCache()
+        model(IDS[:, :5], use_cache=True, **{name: held})
+        rest = model(IDS[:, 5:], use_cache=True, **{name: held}).logits
+        assert held.get_seq_length() == 8
+        assert torch.allclose(rest, whole[:, 5:], atol=1e-5)
+
+
+def test_a_forward_pass_and_generation_warn_of_nothing(tiny):
+    model = tiny(eos_token_id=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model(IDS, use_cache=True)
+        model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2, do_sample=False)
