@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emo_select.checkpoint.header import SAFETENSORS_DTYPE, tensor_bytes
-from emo_select.convert.pickles import DAMAGED, METADATA, TENSORS, Record, TensorHead, load
+from emo_select.convert.pickles import DAMAGED, METADATA, TENSORS, TRAINER, Record, TensorHead, load
 from emo_select.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -219,3 +219,33 @@ def _check_pieces(name: str, tensor: StoredTensor, folder: Path) -> None:
                               "the checkpoint are missing.")
     if tensor.dtype not in SAFETENSORS_DTYPE:
         raise CheckpointError(f"{name} in {folder} is stored as {tensor.dtype}, which this version cannot read.")
+
+
+def check_archives(folder: Path) -> None:
+    """Refuse a checkpoint of which any part, the optimiser's included, holds a pickle that asks for what it should not.
+
+    For those who hand it to a program that reads pickles freely. Reads only the heads of the parts.
+    """
+    contents = load((folder / METADATA_FILE).read_bytes(), METADATA, str(folder / METADATA_FILE))
+    allowed = {**TENSORS, **TRAINER}
+    for index, place in contents.get("storage_data").items():
+        path = folder / Path(place.get("relative_path")).name
+        where = f"{index.get('fqn')} in {path}"
+        try:
+            with path.open("rb") as file:
+                part = _Slice(file.fileno(), int(place.get("offset")), int(place.get("length")))
+                for data in _heads(io.BufferedReader(part)):
+                    load(data, allowed, where)
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder} lacks {path.name}, which .metadata names; copy it there.") from None
+        except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, *DAMAGED):
+            raise CheckpointError(f"{where} is damaged; copy or download that file again.") from None
+
+
+def _heads(part: io.BufferedReader) -> list[bytes]:
+    """The pickles of one part: those of its archive, or all of it."""
+    if not zipfile.is_zipfile(part):
+        part.seek(0)
+        return [part.read()]
+    with zipfile.ZipFile(part) as archive:
+        return [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-from emo_select.convert.dcp import TrainingTensors
+from emo_select.convert.dcp import TrainingTensors, check_archives
 from emo_select.convert.pickles import check_pickle
 from emo_select.errors import CheckpointError
 from emo_select.pretrain.recipe import Recipe
@@ -30,6 +31,7 @@ def check(folder: Path) -> None:
     check_pickle(state / ".metadata")
     tensors = TrainingTensors(state)
     tensors.check(tensors.tensors)
+    check_archives(state)
     for path in sorted((folder / "train").glob("rank*.pt")):
         check_pickle(path)
 
@@ -76,16 +78,16 @@ def _step(folder: Path) -> int:
 
 
 def _rate(folder: Path) -> float | None:
-    """The rate of the checkpoint's last step, as it is stored for the embedding."""
+    """The rate of the checkpoint's last step, as it is stored for the embedding. Its pickles have been checked."""
     import torch
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from olmo_core.distributed.checkpoint import RemoteFileSystemReader
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = FileSystemReader(folder / "model_and_optim")
+    reader = RemoteFileSystemReader(str(folder / "model_and_optim"))
     entry = reader.read_metadata().state_dict_metadata.get(RATE)
     if entry is None:
         return None
-    value: dict[str, object] = {RATE: 0.0 if isinstance(entry, BytesStorageMetadata) else torch.zeros(())}
+    value: dict[str, Any] = {RATE: 0.0 if isinstance(entry, BytesStorageMetadata) else torch.zeros(())}
     load(value, storage_reader=reader, no_dist=True)
-    return float(value[RATE])  # type: ignore[arg-type]
+    return float(value[RATE])
