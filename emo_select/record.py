@@ -58,6 +58,8 @@ class RunRecord(Frozen):
     spec: RunSpec
     model_fingerprint: str = ""
     data_fingerprint: str = ""
+    task_name: str | None = None
+    """What the task calls itself, where it has another name in the tree."""
     task_file: str | None = None
     """Where the file of a user's own task lay."""
     stages: dict[str, StageRecord] = {}

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -163,7 +165,9 @@ class RunSpec(Frozen):
     """One run: one model, one task, one keep-k, one method, one recipe."""
 
     model: str
+    """As the user gave it: Hub id, folder or demo/NAME."""
     task: str
+    """Its name in the tree."""
     keep_k: Annotated[int, Field(ge=1)]
     """Experts kept per layer, shared ones included. "16", "12.5%" and "full" become the model's number."""
     method: str = "layerwise"
@@ -173,6 +177,10 @@ class RunSpec(Frozen):
     """Shared experts kept per layer; None keeps all of them."""
     selects: bool = True
     """False for a model that skips selection (dense, or matched in size): it is finetuned and evaluated as it is."""
+    model_path: str | None = None
+    """Where `model` lies, absolute, if it is a folder."""
+    model_folder: str | None = None
+    """Its folder in the tree where the published one belongs to another model."""
     calibration: Calibration = Calibration()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
@@ -207,7 +215,12 @@ class RunSpec(Frozen):
     @property
     def model_directory(self) -> str:
         """Folder of the model below the tree's root."""
-        return model_directory(self.model)
+        return self.model_folder or model_directory(self.model)
+
+    @property
+    def source(self) -> str:
+        """What to open: the same model from every directory."""
+        return self.model_path or self.model
 
     @property
     def directory_name(self) -> str:
@@ -264,6 +277,17 @@ class RunSpec(Frozen):
             rest = {key: value for key, value in _non_defaults(getattr(self, part)).items() if key not in fields}
             extra |= {part: rest} if rest else {}
         return extra
+
+
+def with_whole_paths(spec: RunSpec) -> RunSpec:
+    """The spec with the user's own files by absolute paths, so that it means the same from every directory."""
+    update: dict[str, Any] = {}
+    for part in ("calibration", "training"):
+        settings = getattr(spec, part)
+        if settings.file is not None:
+            whole = os.path.normpath(Path(settings.file).expanduser().absolute())
+            update[part] = settings.model_copy(update={"file": whole})
+    return spec.model_copy(update=update)
 
 
 class RunName(Frozen):

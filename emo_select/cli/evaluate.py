@@ -105,10 +105,10 @@ def evaluate(
     found = get_tasks(tasks, data_dir=data_dir)
     if sweep_keep_k:
         texts = {"num_examples": num_examples, "seed": seed, "num_shots": num_shots, "file": calibration}
-        _sweep(models, found, common.keep_ks([sweep_keep_k]), method, options, _folder(models[0], out, output_dir),
+        _sweep(models, found, common.keep_ks([sweep_keep_k]), method, options, _folders(models, out, output_dir)[models[0]],
                texts, as_json=as_json)
         return
-    folders = {name: _folder(name, out, output_dir, nested=len(models) > 1) for name in models}
+    folders = _folders(models, out, output_dir)
     scores = {name: _score(name, found, folder, options, keep_set) for name, folder in folders.items()}
     _show(scores, folders, found, as_json=as_json)
 
@@ -215,13 +215,21 @@ def _samples(given: list[str] | None, data_dir: str | None) -> Mapping[str, Sequ
     return chosen or None
 
 
-def _folder(model: str, out: Path | None, output_dir: str | None, *, nested: bool = False) -> Path:
-    from emo_select.spec import model_directory
+def _folders(models: Sequence[str], out: Path | None, output_dir: str | None) -> dict[str, Path]:
+    """Where the results of each model go: into folders of their own, also where their names would be the same."""
+    from emo_select.names import MODEL_NOTE, Names, absolute, claim
     from emo_select.tree import Tree
 
-    if out is not None:
-        return out / model_directory(model) if nested else out
-    return Tree.at(output_dir).root / model_directory(model) / "evaluations"
+    if out is not None and len(models) == 1:
+        return {models[0]: out}
+    tree = Tree.at(output_dir) if out is None else Tree(out)
+    names, folders = Names(tree), {}
+    for model in models:
+        folder = tree.root / names.folder(model)
+        if common.is_first():
+            claim(folder / MODEL_NOTE, model, absolute(model))
+        folders[model] = folder if out is not None else folder / "evaluations"
+    return folders
 
 
 def _show(scores: dict[str, dict[str, dict[str, Any]]], folders: dict[str, Path], tasks: Sequence[Task], *,

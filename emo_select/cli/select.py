@@ -264,17 +264,19 @@ def _collect(model: str, tasks: list[str], texts: dict[str, Any], options: Strea
 def _standalone(models: list[str], keep_ks: list[str], schedules: list[str], methods: list[str],
                 wanted: dict[str, Any], out: Path, options: StreamOptions, data_dir: str | None) -> list[Path]:
     from emo_select.experts.select import Selection, select_experts
+    from emo_select.names import Names
     from emo_select.spec import Calibration, checked
+    from emo_select.tree import Tree
 
     wanted = {**wanted, "calibration": checked(Calibration, wanted["calibration"])}
-    results = []
+    results, names = [], Names(Tree(out))
     for model in models:
-        asked = _keep_ks(model, keep_ks, schedules)
+        asked, folder = _keep_ks(model, keep_ks, schedules), names.folder(model)
         for method in methods:
             found = select_experts(model, Selection(asked, method, **wanted), out_dir=out, options=options,
                                    data_dir=data_dir)
             several = len(models) * len(methods) * len(asked) > 1
-            results += [_store(keep_set, out / _folder(model, method, asked) if several else out)
+            results += [_store(keep_set, out / _folder(folder, method, asked) if several else out)
                         for asked, keep_set in found.items()]
     return results
 
@@ -287,10 +289,8 @@ def _store(keep_set: KeepSet, folder: Path) -> Path:
 
 
 def _folder(model: str, method: str, keep_k: KeepK) -> str:
-    from emo_select.spec import model_directory
-
     name = str(keep_k) if isinstance(keep_k, int) else "-".join(map(str, keep_k))
-    return f"{model_directory(model)}_{method}_keepk_{name}"
+    return f"{model}_{method}_keepk_{name}"
 
 
 def _keep_ks(model: str, keep_ks: list[str], schedules: list[str]) -> list[KeepK]:

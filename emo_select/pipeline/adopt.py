@@ -35,6 +35,7 @@ def twin_key(spec: RunSpec, *, keeps_all: bool) -> str:
 
 def adopt(run: Run, other: Run) -> None:
     """Give `run` every finished stage of `other` that would come out the same and that `run` has not finished."""
+    run.claim()
     with exclusive(run.paths.lock):
         for stage, fingerprint in _shareable(run):
             theirs, ours = (record.state(paths, record.load(paths), stage, fingerprint)[0]

@@ -32,7 +32,7 @@ def run(spec: RunSpec, output_dir: str | Path | None = None, *, execution: Execu
         UsageError: before any work. Other `EmoSelectError`s: during work, with everything finished kept.
     """
     tree, machine = Tree.at(output_dir), execution or Execution()
-    settings = spec.model_dump(exclude={"model", "task", "keep_k", "method", "selects"})
+    settings = spec.model_dump(exclude={"model", "task", "keep_k", "method", "selects", "model_path", "model_folder"})
     wanted = Wanted([spec.model], [spec.task], [str(spec.keep_k)], [spec.method], settings)
     [bound] = expand(wanted, tree, machine)
     tree.require_writable()

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from emo_select import progress
 from emo_select.errors import SpecError
+from emo_select.names import Names, absolute
 from emo_select.pipeline.adopt import twin_key
 from emo_select.pipeline.runs import Run
-from emo_select.spec import Execution, RunSpec, Training, checked, parse_keep_k
+from emo_select.spec import Execution, RunSpec, Training, checked, parse_keep_k, with_whole_paths
 from emo_select.tasks import lengths
 from emo_select.tree import Tree, require_space
 
@@ -46,14 +47,17 @@ def expand(wanted: Wanted, tree: Tree, execution: Execution, *, download: bool =
     _check_machine(execution, training)
     tasks = get_tasks(wanted.tasks, data_dir=execution.data_dir)
     runs: list[Run] = []
+    names = Names(tree)
+    called = {id(task): names.task(task) for task in tasks}
     for model in dict.fromkeys(wanted.models):
         source = _opened(model, execution.data_dir, download=download)
         _check_training(training, source)
-        choices = list(_choices(model, source, wanted))
+        choices, placed = list(_choices(model, source, wanted)), names.keys(model, absolute(model))
         for task in tasks:
             if download or not lengths.known(task):
                 task.require_data()
-            runs += [_bind(_spec(model, task, choice, wanted), tree, execution, source, task) for choice in choices]
+            where = {**placed, "task": called[id(task)]}
+            runs += [_bind(_spec(where, choice, wanted), tree, execution, source, task) for choice in choices]
     return runs
 
 
@@ -127,11 +131,10 @@ def num_experts(config: dict[str, Any]) -> int:
     return max(experts_per_layer(config))
 
 
-def _spec(model: str, task: Task, choice: _Choice, wanted: Wanted) -> RunSpec:
-    return RunSpec.parse({
-        "model": model, "task": task.name, "keep_k": choice.keep_k, "method": choice.method,
-        "selects": choice.selects, **wanted.settings,
-    })
+def _spec(where: dict[str, Any], choice: _Choice, wanted: Wanted) -> RunSpec:
+    return with_whole_paths(RunSpec.parse({
+        **where, "keep_k": choice.keep_k, "method": choice.method, "selects": choice.selects, **wanted.settings,
+    }))
 
 
 def _bind(spec: RunSpec, tree: Tree, execution: Execution, source: Checkpoint, task: Task) -> Run:

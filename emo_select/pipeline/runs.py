@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emo_select import record
+from emo_select import names, record
 from emo_select.errors import CheckpointError
 from emo_select.spec import Execution, RunSpec, digest
 from emo_select.tree import RunPaths, Tree
@@ -44,7 +44,7 @@ class Run:
         """The full model on disk, headers checked."""
         from emo_select.checkpoint import open_checkpoint
 
-        return open_checkpoint(self.spec.model, data_dir=self.execution.data_dir)
+        return open_checkpoint(self.spec.source, data_dir=self.execution.data_dir)
 
     @cached_property
     def task(self) -> Task:
@@ -75,6 +75,17 @@ class Run:
     def fingerprint(self, stage: str) -> str:
         """Digest of everything the outputs of `stage` depend on; on another machine, the one in the run's record."""
         return digest({"stage": stage, **_DEPENDS[stage](self)}) if self.is_here else self.recorded(stage)
+
+    def claim(self) -> None:
+        """Say in the tree whose name the model's folder is, and the task's.
+
+        Raises `LockedError` where another process took it for something else since this run was planned.
+        """
+        note = self.paths.directory.parent / names.MODEL_NOTE
+        names.claim(note, self.spec.model, self.spec.model_path, self.source.fingerprint)
+        if self.task.file is not None:
+            note = self.tree.root / names.TASKS / f"{self.spec.task}.json"
+            names.claim(note, self.task.name, self.task.file, self.task.fingerprint())
 
     def recorded(self, name: str) -> str:
         """The fingerprint that a completion record of this run has, or one that no record has."""
@@ -158,4 +169,7 @@ def reopen(directory: Path, execution: Execution) -> Run:
         raise CheckpointError(f"{directory} has no run.json; start it with `emo-select run` or `emo-select select`.")
     if found.task_file is not None and Path(found.task_file).is_file():
         execution = execution.model_copy(update={"task_file": found.task_file})
-    return Run(found.spec, Tree(directory.parent.parent), execution)
+    spec = found.spec.model_copy(update={"model_folder": directory.parent.name})
+    run = Run(spec, Tree(directory.parent.parent), execution)
+    run.__dict__["paths"] = RunPaths(directory)  # also where it was given another name
+    return run

@@ -73,6 +73,8 @@ def _has_work(steps: Sequence[Step]) -> bool:
 def execute(run: Run, steps: Sequence[Step]) -> None:
     """Do the steps of one run that are marked; each is recorded as soon as its files are in place."""
     require_writable(run.paths.directory, "--output-dir")
+    if _has_work(steps):
+        run.claim()
     with exclusive(run.paths.lock), _threads_for(run):
         if _has_work(steps):
             runfile.store(run)
@@ -114,11 +116,9 @@ def _perform(run: Run, stage: str, fingerprint: str, work: Work) -> None:
 
 
 def _opened(run: Run) -> RunRecord:
-    from emo_select.tasks import task_file
-
     done = record.load(run.paths) or RunRecord(spec=run.spec)
     now = {"spec": run.spec, "model_fingerprint": run.source.fingerprint, "data_fingerprint": run.task.fingerprint(),
-           "task_file": task_file(run.spec.task)}
+           "task_name": run.task.name if run.task.name != run.spec.task else None, "task_file": run.task.file}
     return done.model_copy(update=now)
 
 
@@ -148,6 +148,7 @@ def select_together(runs: Sequence[Run]) -> None:
     """Select the experts of runs that differ only in keep-k (and in what comes later), in one pass over the weights."""
     with ExitStack() as locks:
         for run in runs:
+            run.claim()
             locks.enter_context(exclusive(run.paths.lock))
         with record.measured() as measured:
             chosen = _layerwise(runs[0], sorted({run.spec.keep_k for run in runs}), measured)
@@ -169,6 +170,7 @@ def _activations(run: Run) -> None:
 
 def collect(run: Run) -> None:
     """Make the statistics that runs of its calibration share, without beginning the run itself."""
+    run.claim()
     fingerprint = run.fingerprint("activations")
     with exclusive(run.tree.activations_lock(run.spec), wait=True), record.measured() as measured:
         if record.activations_fingerprint(run.tree.activations_record(run.spec)) != fingerprint:

@@ -39,7 +39,7 @@ class Bench:
         """The run of `item`, sharing open models and tasks with all others."""
         if item not in self._runs:
             run = Run(item.spec, self.tree, item.execution)
-            model = self.model(item.spec.model, item.execution.data_dir)
+            model = self.model(item.spec.source, item.execution.data_dir)
             if model is not None:
                 run.__dict__["source"] = model
             run.__dict__["task"] = self.task(item.spec.task, item.execution)
@@ -60,7 +60,7 @@ class Bench:
 
     def missing(self, item: SweepRun) -> str | None:
         """What a plan of the run needs and this machine does not have."""
-        if self.model(item.spec.model, item.execution.data_dir) is None:
+        if self.model(item.spec.source, item.execution.data_dir) is None:
             return f"the model {item.spec.model} is not on this machine"
         task = self.task(item.spec.task, item.execution)
         return None if lengths.known(task) else f"the data of {task.name} ({task.dataset}) is not on this machine"

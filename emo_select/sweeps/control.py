@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from emo_select.errors import EmoSelectError
+from emo_select.names import MODEL_NOTE, TASKS, claim
 from emo_select.sweeps import estimate, local, slurm, store
 from emo_select.sweeps.bench import Bench, pending
 from emo_select.sweeps.graph import Unit, build
@@ -44,7 +45,7 @@ class Control:
     @cached_property
     def runs(self) -> list[SweepRun]:
         """Every run of the sweep."""
-        return expand_sweep(self.submission.sweep)
+        return expand_sweep(self.submission.sweep, self.tree)
 
     @cached_property
     def units(self) -> list[Unit]:
@@ -86,6 +87,7 @@ class Control:
             standings = _released(self.watch.look())
             chosen = self.chosen(standings, again=again)
             self._check_disk(chosen)
+            self._take_names()
             store.save_submission(self.paths, self.submission)
             store.save_jobs(self.paths, self._jobs(chosen, standings))
             began(len(chosen))
@@ -111,6 +113,15 @@ class Control:
     def _take_back_orphans(self) -> None:
         if any(array.job is None for array in store.arrays(self.paths)):
             slurm.cancel(slurm.orphans(self.paths, slurm.queue()))
+
+    def _take_names(self) -> None:
+        """So that units, which know only their own runs, find every model and task under the name it has here."""
+        for run in self.runs:
+            note = self.tree.root / run.spec.model_directory / MODEL_NOTE
+            claim(note, run.spec.model, run.spec.model_path)
+            if run.execution.task_file is not None:
+                task = self.bench.task(run.spec.task, run.execution)
+                claim(self.tree.root / TASKS / f"{run.spec.task}.json", task.name, task.file, task.fingerprint())
 
     def _check_disk(self, chosen: Mapping[str, Unit]) -> None:
         keep, profile = self.submission.keep_weights, self.submission.profile

@@ -73,7 +73,7 @@ class Estimator:
         source = self._source(item)
         if not item.spec.selects:
             return source.total_bytes
-        key = (item.spec.model, item.spec.keep_k)
+        key = (item.spec.source, item.spec.keep_k)
         if key not in self._pruned:
             self._pruned[key] = pruned_bytes(self.bench.bind(item))
         return self._pruned[key]

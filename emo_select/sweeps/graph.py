@@ -102,7 +102,7 @@ def _representatives(runs: Sequence[SweepRun]) -> list[SweepRun]:
     chosen: dict[object, SweepRun] = {}
     for run in runs:
         spec = run.spec
-        for part in (spec.model, (spec.task, run.execution.data_dir), spec.calibration.file, spec.training.file):
+        for part in (spec.source, (spec.task, run.execution.data_dir), spec.calibration.file, spec.training.file):
             chosen.setdefault(part, run)
     return list(dict.fromkeys(chosen.values()))
 

@@ -25,8 +25,21 @@ from pydantic import Field, field_validator
 
 from emo_select import progress
 from emo_select.errors import SpecError
-from emo_select.spec import Execution, Frozen, RunSpec, checked, keep_k_of, keep_ks_in, listed, merge, parse_keep_k
+from emo_select.names import Names, absolute
+from emo_select.spec import (
+    Execution,
+    Frozen,
+    RunSpec,
+    checked,
+    keep_k_of,
+    keep_ks_in,
+    listed,
+    merge,
+    parse_keep_k,
+    with_whole_paths,
+)
 from emo_select.textfile import read_yaml_mapping
+from emo_select.tree import Tree
 
 SHIPPED = Path(__file__).parent / "shipped"
 One = str | int | bool
@@ -41,6 +54,8 @@ class SweepModel(Frozen):
     keep_k: int | None = None
     experts: int | None = None
     """Experts of a full layer: runs that keep as many share all their work. None looks at the model, if it is here."""
+    path: str | None = None
+    """Where a model that is a folder lies, absolute; found when the file is read."""
 
 
 class Product(Frozen):
@@ -122,7 +137,7 @@ def read_sweep(path: Path) -> SweepSpec:
 
 
 def _with_whole_paths(sweep: SweepSpec, folder: Path) -> SweepSpec:
-    """Task files by absolute paths, so that the sweep means the same from every directory.
+    """Task files and models by absolute paths, so that the sweep means the same from every directory.
 
     They are given relative to the sweep file or, where there is none, to the current directory.
     """
@@ -130,24 +145,30 @@ def _with_whole_paths(sweep: SweepSpec, folder: Path) -> SweepSpec:
         beside = folder / task
         return str((beside if beside.exists() else Path(task)).absolute()) if task.endswith((".yaml", ".yml")) else task
 
+    def found(model: SweepModel) -> SweepModel:
+        path = model.path or absolute(str(folder / Path(model.id).expanduser())) or absolute(model.id)
+        return model.model_copy(update={"path": None if model.id.startswith("demo/") else path})
+
     def of(product: Product) -> dict[str, Any]:
-        return {"tasks": tuple(map(whole, product.tasks)) if product.tasks is not None else None}
+        return {"tasks": tuple(map(whole, product.tasks)) if product.tasks is not None else None,
+                "models": tuple(map(found, product.models)) if product.models is not None else None}
 
     include = tuple(product.model_copy(update=of(product)) for product in sweep.include)
     return sweep.model_copy(update={**of(sweep), "include": include})
 
 
-def expand_sweep(sweep: SweepSpec) -> list[SweepRun]:
-    """Every run of the sweep, once, in the order of the file.
+def expand_sweep(sweep: SweepSpec, tree: Tree | None = None) -> list[SweepRun]:
+    """Every run of the sweep, once, in the order of the file, named as in `tree` (None: the usual one).
 
     An `exclude` or override that concerns no run is said. Raises `SpecError` for a product without models or tasks, a
     key that a match or a setting does not have, and where no run is left.
     """
     runs: dict[str, SweepRun] = {}
-    experts, used = Experts(sweep.execution.get("data_dir")), _Used()
+    experts, used, names = Experts(sweep.execution.get("data_dir")), _Used(), Names(tree or Tree.at())
     for product in (sweep, *sweep.include):
         experts.known |= {model.id: model.experts for model in product.models or () if model.experts}
-        for spec in _product(sweep, product, experts):
+        experts.paths |= {model.id: model.path for model in product.models or () if model.path}
+        for spec in _product(sweep, product, experts, names):
             if not used.any(matches(spec, rule, experts) and used.note("exclude", rule) for rule in sweep.exclude):
                 run = _overridden(sweep, spec, experts, used)
                 runs.setdefault(run.spec.model_dump_json(), run)
@@ -162,6 +183,7 @@ class Experts:
 
     def __init__(self, data_dir: str | None = None) -> None:
         self.known: dict[str, int | None] = {}
+        self.paths: dict[str, str] = {}
         self._data_dir = data_dir
 
     def of(self, model: str) -> int | None:
@@ -169,7 +191,7 @@ class Experts:
         from emo_select.models.shapes import experts_of
 
         if model not in self.known:
-            self.known[model] = experts_of(model, self._data_dir)
+            self.known[model] = experts_of(self.paths.get(model, model), self._data_dir)
         return self.known[model]
 
     def keep_k(self, model: str, value: int | str) -> int:
@@ -214,18 +236,19 @@ def matches(spec: RunSpec, rule: dict[str, Any], experts: Experts | None = None)
     return all(_matches_one(spec, key, wanted, experts or Experts()) for key, wanted in rule.items())
 
 
-def _product(sweep: SweepSpec, product: Product, experts: Experts) -> Iterator[RunSpec]:
+def _product(sweep: SweepSpec, product: Product, experts: Experts, names: Names) -> Iterator[RunSpec]:
     models, tasks, keep_ks, methods = (
         _factor(sweep, product, name) for name in ("models", "tasks", "keep_k", "methods"))
-    names = _task_names(tasks, sweep.execution.get("data_dir"))
+    called = _task_names(tasks, sweep.execution.get("data_dir"), names)
     for model in models:
+        place = names.keys(model.id, model.path)
         chosen = tuple(dict.fromkeys(experts.keep_k(model.id, value) for value in keep_ks)) if model.selects else (
             model.keep_k or next((int(value) for value in keep_ks if str(value).isdigit()), 1),)
-        for task in names:
+        for task in called:
             for keep_k in chosen:
                 for method in methods if model.selects else methods[:1]:
                     for variant in _factor(sweep, product, "variants", ({},)):
-                        base = {"model": model.id, "task": task, "keep_k": keep_k, "method": method}
+                        base = {**place, "task": task, "keep_k": keep_k, "method": method}
                         yield RunSpec.parse(merge({**base, "selects": model.selects}, sweep.settings, variant))
 
 
@@ -241,10 +264,10 @@ def _factor(sweep: SweepSpec, product: Product, name: str, default: Any = None) 
     return value
 
 
-def _task_names(tasks: Sequence[str], data_dir: str | None) -> list[str]:
+def _task_names(tasks: Sequence[str], data_dir: str | None, names: Names) -> list[str]:
     from emo_select.tasks import get_tasks
 
-    return [task.name for task in get_tasks(list(tasks), data_dir)]
+    return [names.task(task) for task in get_tasks(list(tasks), data_dir)]
 
 
 def _overridden(sweep: SweepSpec, spec: RunSpec, experts: Experts, used: _Used) -> SweepRun:
@@ -256,7 +279,7 @@ def _overridden(sweep: SweepSpec, spec: RunSpec, experts: Experts, used: _Used) 
         if matches(spec, override.match, experts) and used.note("override", override.match):
             settings = merge(settings, override.settings)
             execution = merge(execution, override.execution)
-    final = RunSpec.parse(merge(spec.model_dump(), settings))
+    final = with_whole_paths(RunSpec.parse(merge(spec.model_dump(), settings)))
     return SweepRun(spec=final, execution=checked(Execution, execution), keeps_all=_keeps_all(final, experts))
 
 

@@ -128,7 +128,7 @@ def _fetch(unit: Unit, bench: Bench, notes: dict[str, Any]) -> None:
 
     asked: dict[str, Callable[[], object]] = {}
     for item in unit.runs:
-        asked[item.spec.model] = partial(open_checkpoint, item.spec.model, data_dir=item.execution.data_dir)
+        asked[item.spec.source] = partial(open_checkpoint, item.spec.source, data_dir=item.execution.data_dir)
         asked[item.spec.task] = bench.task(item.spec.task, item.execution).require_data
     problems = {}
     for name, check in asked.items():
@@ -138,7 +138,7 @@ def _fetch(unit: Unit, bench: Bench, notes: dict[str, Any]) -> None:
             problems[name] = str(error)
             progress.say(f"{name}: {error}")
     notes |= {"checked": len(asked), "problems": problems}
-    models = {item.spec.model for item in unit.runs}
+    models = {item.spec.source for item in unit.runs}
     if models <= problems.keys() or asked.keys() - models <= problems.keys():
         raise EmoSelectError(f"Nothing can run: {next(iter(problems.values()))}")
 
@@ -180,7 +180,7 @@ def _opened(item: SweepRun, bench: Bench) -> Run:
     run.task.require_data()
     if not run.source.has_weights:
         real = Run(run.spec, run.tree, run.execution)
-        real.__dict__.update(source=open_checkpoint(item.spec.model, data_dir=item.execution.data_dir), task=run.task)
+        real.__dict__.update(source=open_checkpoint(item.spec.source, data_dir=item.execution.data_dir), task=run.task)
         return real
     return run
 

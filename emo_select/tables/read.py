@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -163,8 +164,10 @@ class Records:
     @property
     def models(self) -> dict[str, str]:
         """Model folder -> the model's id, where a run's record says it."""
-        found = {run.setting.model: run.record.get("model") for run in self.runs}
-        return {folder: str(name) for folder, name in found.items() if name}
+        found = {run.setting.model: run.record for run in self.runs if run.record.get("model")}
+        ids = Counter(record["model"] for record in found.values())
+        return {folder: str(record["path"] if ids[record["model"]] > 1 and record.get("path") else record["model"])
+                for folder, record in found.items()}
 
 
 @translated()
@@ -180,7 +183,7 @@ def load_tree(root: str | Path | None = None, *, cached: bool = True) -> Records
     with FileCache.of(tree.root, enabled=cached) as cache:
         reader = _Reader(tree.root, cache)
         runs = [reader.run(model, name) for model, name in _directories(tree.root)]
-    found = [run for run in runs if run is not None]
+    found = _by_model([run for run in runs if run is not None])
     return Records(tree.root, _without_doubles(found), reader.problems)
 
 
@@ -194,6 +197,16 @@ def _directories(root: Path) -> Iterator[tuple[str, str]]:
 def _folders(path: Path) -> list[str]:
     with os.scandir(path) as entries:
         return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+
+
+def _by_model(runs: list[Run]) -> list[Run]:
+    """Runs of several models in one folder, as there were before models had folders of their own, told apart."""
+    ids: dict[str, set[str]] = {}
+    for run in runs:
+        if run.record:
+            ids.setdefault(run.setting.model, set()).add(run.record["model"])
+    return [replace(run, setting=replace(run.setting, model=run.record["model"]))
+            if run.record and len(ids[run.setting.model]) > 1 else run for run in runs]
 
 
 def _without_doubles(runs: list[Run]) -> list[Run]:
@@ -212,12 +225,12 @@ class _Reader:
 
     def run(self, model: str, name: str) -> Run | None:
         directory = f"{model}/{name}"
-        parsed = _parse(name)
+        record = self.record(f"{directory}/{RECORD}")
+        parsed = _parse(record.get("name", name)) or _parse(name)  # what the record says, whatever the folder is called
         results = _entries(f"{self.root}/{directory}/{RESULTS}")
         if parsed is None and results is None:
             self.problem("not a run", directory, "The folder's name is not a run name; it is left out.")
             return None
-        record = self.record(f"{directory}/{RECORD}")
         setting, seed, task = _bare(model, name) if parsed is None else _named(model, parsed)
         if record:
             keep_k = setting.keep_k if record["selects"] else None
@@ -303,8 +316,9 @@ def _parse_record(data: bytes) -> dict[str, Any]:
         stages = {name: _stage(stage) for name, stage in content["stages"].items()}
     except (SpecError, UnknownNameError, KeyError, TypeError, AttributeError) as error:
         return {"error": f"It is not a run record ({error}); the folder's name is used."}
-    return {"record": {"model": spec.model, "selects": spec.selects, "seed": spec.calibration.seed,
-                       "variant": _other_settings(spec), "stages": stages}}
+    return {"record": {"model": spec.model, "path": spec.model_path, "name": spec.directory_name,
+                       "selects": spec.selects, "seed": spec.calibration.seed, "variant": _other_settings(spec),
+                       "stages": stages}}
 
 
 _SHOWN = {"calibration": {"num_examples", "num_shots", "seed"}, "evaluation": {"num_shots"},
@@ -314,7 +328,7 @@ _SHOWN = {"calibration": {"num_examples", "num_shots", "seed"}, "evaluation": {"
 def _other_settings(spec: RunSpec) -> str | None:
     """What differs from the defaults and has no column or word of its own, such as `evaluation limit=100`."""
     changed = spec.model_dump(mode="json", exclude_defaults=True,
-                              exclude={"model", "task", "keep_k", "method", "selects"})
+                              exclude={"model", "task", "keep_k", "method", "selects", "model_path", "model_folder"})
     if spec.method == "random":
         changed.pop("calibration", None)  # it sees no texts
     words = [f"{name}={value}" for name, value in changed.items() if name not in _SHOWN]

@@ -145,6 +145,8 @@ class Task(ABC):
     header: Callable[[str], str] = no_header
     delimiter: str | None = "Answer:"
     sizes: tuple[int, int] | None = None
+    file: str | None = None
+    """The absolute path of the task file, for tasks of a user's own."""
     parts: Callable[[], Sequence[Task]] = field(default=lambda: ())
     _docs: dict[str, list[Doc]] = field(default_factory=dict, init=False, repr=False)
     _shots: Mapping[str, Sequence[Doc]] | None = field(default=None, init=False, repr=False)

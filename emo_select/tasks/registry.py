@@ -47,11 +47,16 @@ def get_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> list[
     """
     folder = Path(data_dir) if data_dir else None
     known = list_tasks(folder)
-    chosen: dict[str, Task] = {}
+    chosen: dict[tuple[str, str | None], Task] = {}
     for name in names:
         for task in _named(name, known, folder):
-            chosen.setdefault(task.name, task)
+            chosen.setdefault((task.name, task.file), task)
     return list(chosen.values())
+
+
+def remember(name: str, file: str) -> None:
+    """Find the task of a file by `name` from now on; two files that give one name have different ones in a tree."""
+    _user_files[name] = Path(file)
 
 
 def task_file(name: str) -> str | None:
@@ -98,5 +103,6 @@ def _user_task(path: Path, known: Sequence[Task]) -> Task:
     task = load_task_file(path)
     if task.name in {other for one in known for other in (one.name, short_name(one.name), one.group)}:
         raise TaskError(f"{path}: the name {task.name!r} is taken by a task of emo-select; choose another one.")
-    _user_files[task.name] = path.resolve()
+    task.file = str(path.resolve())
+    remember(task.name, task.file)
     return task
