@@ -67,6 +67,10 @@ class Names:
     def model_folder(self, model: str, path: str | None, content: Content) -> str:
         """The folder below the root of a model that lies at `path`."""
         published = model_directory(model)
+        for note in {*self._reserved, *self.root.glob(f"*/{MODEL_NOTE}")} if path else ():
+            holder = self._holder(note)
+            if holder is not None and holder.path == path:
+                return note.parent.name  # whatever it is called today
         return self._given("model", published, model, path, content, lambda name: self.root / name / MODEL_NOTE)
 
     def folder(self, model: str) -> str:

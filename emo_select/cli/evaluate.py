@@ -105,8 +105,8 @@ def evaluate(
     found = get_tasks(tasks, data_dir=data_dir)
     if sweep_keep_k:
         texts = {"num_examples": num_examples, "seed": seed, "num_shots": num_shots, "file": calibration}
-        _sweep(models, found, common.keep_ks([sweep_keep_k]), method, options, _folders(models, out, output_dir)[models[0]],
-               texts, as_json=as_json)
+        folder = _folders(models, out, output_dir)[models[0]]
+        _sweep(models, found, common.keep_ks([sweep_keep_k]), method, options, folder, texts, as_json=as_json)
         return
     folders = _folders(models, out, output_dir)
     scores = {name: _score(name, found, folder, options, keep_set) for name, folder in folders.items()}

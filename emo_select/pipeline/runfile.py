@@ -76,8 +76,8 @@ def store(run: Run) -> None:
     import yaml
 
     execution = run.execution.model_dump(mode="json", exclude={"task_file"})
-    resolved = {**run.spec.model_dump(mode="json", exclude={"selects"}), "execution": execution}
-    resolved["task"] = run.execution.task_file or run.spec.task
+    resolved = run.spec.model_dump(mode="json", exclude={"selects", "model_path", "model_folder"})
+    resolved |= {"model": run.spec.source, "task": run.task.file or run.spec.task, "execution": execution}
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=120)
     file = run.paths.config
     if not file.exists() or file.read_text(encoding="utf-8") != text:
