@@ -6,11 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emo_select.errors import SpecError, UnknownNameError
 from emo_select.spec import Frozen, checked, model_directory
 from emo_select.textfile import read_yaml_mapping
+
+if TYPE_CHECKING:
+    from emo_select.tables.read import Result
+
+PRIMARY = "primary_score"  # repeats a task's primary metric, whichever that is
 
 
 class ModelLabel(Frozen):
@@ -47,7 +52,7 @@ class Group(Frozen):
     """Tasks with a column of their own that never enter an average."""
     label: str | None = None
     average: str | None = None
-    metric: str = "primary_score"
+    metric: str = PRIMARY
     """What the paper reports for this group."""
 
 
@@ -106,7 +111,16 @@ class Layout(Frozen):
 
     def metric_of(self, group: str) -> str:
         """The metric that the paper reports for a group."""
-        return self.groups[group].metric if group in self.groups else "primary_score"
+        return self.groups[group].metric if group in self.groups else PRIMARY
+
+    def headline(self, group: str, results: Iterable[Result]) -> str:
+        """The metric that stands for a group: its own if any result has it, else the primary one that all share."""
+        found, wanted = list(results), self.metric_of(group)
+        if wanted != PRIMARY and any(wanted in result.metrics for result in found):
+            return wanted
+        primaries = {result.primary for result in found}
+        only = primaries.pop() if len(primaries) == 1 else None
+        return only if only and any(only in result.metrics for result in found) else PRIMARY
 
     def averaged(self, task: str) -> bool:
         """Whether a task enters its group's average."""

@@ -15,7 +15,7 @@ Line = tuple[str, Any, str, str]  # model, keep-k, setting without the method, g
 
 
 def methods_table(rows: Sequence[SummaryRow], layout: Layout) -> Table:
-    """The summary's averages with methods as columns, each cell `before → after` finetuning.
+    """The summary's averages with methods as columns, each cell `before → after` finetuning, each ± one standard error.
 
     A model with all experts is the same under every method, so its row shows the one run for all of them.
     """
@@ -24,7 +24,8 @@ def methods_table(rows: Sequence[SummaryRow], layout: Layout) -> Table:
     for row in sorted(rows, key=lambda row: row.setting.method == "random"):
         for line in _lines(row, lines, layout):
             lines.setdefault(line, {})[row.setting.method] = row
-    return Table("methods", ["model", "keep-k", "setting", "group", "metric", *methods],
+    names = [str(layout.method(method).label) for method in methods]
+    return Table("methods", ["model", "keep-k", "setting", "group", "metric", "n", *names],
                  [_cells(line, found, methods) for line, found in lines.items()])
 
 
@@ -45,7 +46,8 @@ def _line(row: SummaryRow, layout: Layout, *, calibrated: bool = True) -> Line:
 def _cells(line: Line, found: dict[str, SummaryRow], methods: Sequence[str]) -> list[Cell]:
     any_row = next(iter(found.values()))
     shown = dict.fromkeys(methods, any_row) if any_row.full else found
-    return [*line, any_row.metric, *(_cell(shown.get(method)) for method in methods)]
+    documents = max((row.documents or 0 for row in found.values()), default=0) or None
+    return [*line, any_row.metric, documents, *(_cell(shown.get(method)) for method in methods)]
 
 
 def _cell(row: SummaryRow | None) -> str | None:
@@ -56,4 +58,6 @@ def _cell(row: SummaryRow | None) -> str | None:
 
 
 def _number(value: Estimate | None) -> str:
-    return "–" if value is None else f"{value.value:.3f}"
+    if value is None:
+        return "–"
+    return f"{value.value:.3f}" + ("" if value.error is None else f"±{value.error:.3f}".replace("±0.", "±."))

@@ -76,11 +76,12 @@ def _known(kind: str, name: str, known: dict[str, str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean with its standard error (None where it cannot be had) over `seeds` runs of a task."""
+    """A mean with its standard error (None where it cannot be had) over `seeds` runs of a task's `documents`."""
 
     value: float
     error: float | None = None
     seeds: int = 1
+    documents: int | None = None
 
 
 def estimate(result: Result, metric: str, *, as_written: bool = False) -> Estimate | None:
@@ -91,7 +92,7 @@ def estimate(result: Result, metric: str, *, as_written: bool = False) -> Estima
     value = result.metrics.get(metric)
     if value is None or not (as_written or math.isfinite(value)):
         return None
-    return Estimate(value, _error(result, metric, value))
+    return Estimate(value, _error(result, metric, value), documents=result.count)
 
 
 def _error(result: Result, metric: str, value: float) -> float | None:
@@ -101,6 +102,11 @@ def _error(result: Result, metric: str, value: float) -> float | None:
     if not share or not result.count or result.count < 2:
         return None
     return math.sqrt(value * (1 - value) / (result.count - 1))
+
+
+def results_of(runs: Iterable[Run]) -> list[Result]:
+    """The results that runs have, at any stage."""
+    return [result for run in runs for result in run.results.values() if result]
 
 
 def pool(runs: Iterable[Run], stage: Stage, metric: str, *, as_written: bool = False
@@ -124,7 +130,8 @@ def over_seeds(values: Sequence[Estimate]) -> Estimate:
     between = variance([value.value for value in values]) / len(values)
     errors = [value.error for value in values if value.error is not None]
     sampling = fmean(error**2 for error in errors) if len(errors) == len(values) else 0.0
-    return Estimate(mean, math.sqrt(sampling + between), len(values))
+    documents = max((value.documents or 0 for value in values), default=0) or None
+    return Estimate(mean, math.sqrt(sampling + between), len(values), documents)
 
 
 def plain_mean(values: Sequence[float]) -> float:
@@ -136,4 +143,6 @@ def over_tasks(values: Sequence[Estimate]) -> Estimate:
     """Unweighted mean over tasks; their documents are independent, so variances add."""
     errors = [value.error for value in values if value.error is not None]
     error = math.sqrt(sum(e**2 for e in errors)) / len(values) if len(errors) == len(values) else None
-    return Estimate(fmean(value.value for value in values), error, max(value.seeds for value in values))
+    documents = [value.documents for value in values]
+    total = None if None in documents else sum(count or 0 for count in documents)
+    return Estimate(fmean(value.value for value in values), error, max(value.seeds for value in values), total)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from emo_select.tables.layout import Layout
-from emo_select.tables.pool import Estimate, Stage, over_tasks, pool
+from emo_select.tables.pool import Estimate, Stage, over_tasks, pool, results_of
 from emo_select.tables.read import Problem, Records, Setting
 from emo_select.tables.summary import experts_of, is_full
 from emo_select.tables.write import Cell, Table
@@ -40,31 +40,32 @@ class _Block:
 
 
 def results_table(records: Records, layout: Layout, *, metric: str | None = None) -> tuple[list[Table], list[Problem]]:
-    """One row per model, keep-k, method and stage: each group's average in the metric the paper reports, and wins.
+    """One row per model, keep-k, method and stage: each group's average in its headline metric, and wins.
 
     Rows of one keep-k and stage compete; full models of any size, and models that skip selection, compete as `full`.
     Only tasks that all competitors have count for wins.
     """
     groups = layout.grouped({run.task for run in records.runs if layout.averaged(run.task)})
     experts = experts_of(records, layout)
-    columns = ["keep-k", "stage", "model", "method", *(layout.group(g) for g in groups), "wins", "of"]
+    metrics = {group: metric or layout.headline(group, results_of(run for run in records.runs if run.task in tasks))
+               for group, tasks in groups.items()}
+    named = [[f"{layout.group(group)} ({metrics[group]})", f"± {layout.group(group)}"] for group in groups]
+    columns = ["keep-k", "stage", "model", "method", *(name for pair in named for name in pair), "n", "wins", "of"]
     rows: list[list[Cell]] = []
     for stage in STAGES:
-        values = _values(records, layout, groups, stage, metric)
+        values = _values(records, groups, stage, metrics)
         for block in _blocks(values, stage, layout, experts):
             rows += _rows(block, layout, groups)
     rows.sort(key=lambda row: (row[1] != "before", row[0] != FULL, -row[0] if isinstance(row[0], int) else 0))
     return [Table("results", columns, rows)], []
 
 
-def _values(records: Records, layout: Layout, groups: dict[str, list[str]], stage: Stage,
-            metric: str | None) -> dict[Setting, dict[str, Estimate]]:
+def _values(records: Records, groups: dict[str, list[str]], stage: Stage, metrics: dict[str, str]
+            ) -> dict[Setting, dict[str, Estimate]]:
     values: dict[Setting, dict[str, Estimate]] = defaultdict(dict)
     for group, tasks in groups.items():
         members = [run for run in records.runs if run.task in tasks]
-        wanted = metric or layout.metric_of(group)
-        found = pool(members, stage, wanted) or pool(members, stage, "primary_score")
-        for (setting, task), value in found.items():
+        for (setting, task), value in pool(members, stage, metrics[group]).items():
             values[setting][task] = value
     return values
 
@@ -89,11 +90,12 @@ def _rows(block: _Block, layout: Layout, groups: dict[str, list[str]]) -> Sequen
     rows: list[list[Cell]] = []
     for setting in block.settings:
         found = block.values[setting]
-        averages: list[Cell] = [
-            over_tasks([found[task] for task in tasks]).value if all(task in found for task in tasks) else None
-            for tasks in groups.values()
-        ]
+        averages = [over_tasks([found[task] for task in tasks]) if all(task in found for task in tasks) else None
+                    for tasks in groups.values()]
+        cells: list[Cell] = [part for one in averages for part in ((one.value, one.error) if one else (None, None))]
+        documents = sum(value.documents or 0 for value in found.values()) or None
         note = setting.note()
         label = layout.model(setting.model) + (f" ({note})" if note else "")
-        rows.append([block.keep_k, block.stage, label, setting.method, *averages, wins[setting], common])
+        rows.append([block.keep_k, block.stage, label, layout.method(setting.method).label, *cells, documents,
+                     wins[setting], common])
     return rows

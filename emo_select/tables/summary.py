@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from emo_select.tables.layout import Layout
-from emo_select.tables.pool import Estimate, Stage, over_tasks, pool
+from emo_select.tables.pool import Estimate, Stage, over_tasks, pool, results_of
 from emo_select.tables.read import Problem, Records, Run, Setting
 from emo_select.tables.selection import keep_set_of
 from emo_select.tables.write import Cell, Table
 
 BYTES_PER_PARAMETER = 4  # the published checkpoints are stored in float32
-COLUMNS = ["model", "keep-k", "method", "setting", "group", "metric", "tasks", "seeds", "before", "± before",
+COLUMNS = ["model", "keep-k", "method", "setting", "group", "metric", "tasks", "seeds", "n", "before", "± before",
            "after", "± after", "drop before", "drop after", "disk GB", "memory GB"]
 
 
@@ -39,13 +39,18 @@ class SummaryRow:
     memory_bytes: int | None
     full: bool
 
+    @property
+    def documents(self) -> int | None:
+        """Documents that the averages are over, all tasks together."""
+        return max((value.documents or 0 for value in (self.before, self.after) if value), default=0) or None
+
     def cells(self, layout: Layout) -> list[Cell]:
         """The row of the table."""
         setting, before, after = self.setting, self.before, self.after
         return [
-            layout.model(setting.model), "full" if self.full else setting.keep_k, setting.method,
+            layout.model(setting.model), "full" if self.full else setting.keep_k, layout.method(setting.method).label,
             setting.note(), layout.group(self.group), self.metric, f"{self.found}/{self.tasks}",
-            max(e.seeds if e else 1 for e in (before, after)), *_both(before), *_both(after),
+            max(e.seeds if e else 1 for e in (before, after)), self.documents, *_both(before), *_both(after),
             self.drop_before, self.drop_after, _giga(self.disk_bytes), _giga(self.memory_bytes),
         ]
 
@@ -58,23 +63,25 @@ def summary_table(rows: Sequence[SummaryRow], layout: Layout) -> Table:
 def summarise(records: Records, layout: Layout, *, metric: str | None = None) -> tuple[list[SummaryRow], list[Problem]]:
     """Average each group's tasks for every setting, seeds pooled.
 
-    `metric` None takes the one the paper reports for the group and, where a run lacks it, the primary score. The
-    standard error of an average assumes independent documents across tasks; see `pool.over_seeds` for seeds.
+    `metric` None takes the group's headline. The full model that drops are measured against may lie outside the
+    filters. The standard error of an average assumes independent documents across tasks; see `pool.over_seeds` for
+    seeds.
     """
     sizes, experts = _Sizes(records.runs, layout), experts_of(records, layout)
-    averages = _averages(records.runs, layout, metric)
+    averages = _averages(records.beside, layout, metric)
+    shown = {(run.setting, layout.group_of(run.task)) for run in records.runs}
     rows = [
         _row(key, averages, layout, experts, sizes)
-        for key in sorted(averages.found, key=lambda key: _order(key, layout))
+        for key in sorted(shown & set(averages.found), key=lambda key: _order(key, layout))
     ]
-    return rows, list(_problems(rows, layout, experts))
+    return rows, [*_partial(averages.tasks, layout), *_problems(rows, layout, experts)]
 
 
 def experts_of(records: Records, layout: Layout) -> dict[str, int]:
     """Experts per layer of each unpruned model, from the labels, else from its run with the largest keep-k."""
     known = {name: model.experts for name, model in layout.models.items() if model.experts}
     largest: dict[str, Run] = {}
-    for run in records.runs:
+    for run in records.beside:
         best = largest.get(run.setting.model)
         if run.setting.keep_k and (best is None or run.setting.keep_k > (best.setting.keep_k or 0)):
             largest[run.setting.model] = run
@@ -105,25 +112,20 @@ def _averages(runs: Sequence[Run], layout: Layout, metric: str | None) -> _Avera
     result = _Averages(groups, defaultdict(set), {}, {})
     for group, tasks in groups.items():
         members = [run for run in runs if run.task in tasks]
-        result.metrics[group] = _metric(members, metric or layout.metric_of(group))
+        result.metrics[group] = metric or layout.headline(group, results_of(members))
         stages: tuple[Stage, Stage] = ("before", "after")
         for stage in stages:
             _fill(result, group, stage, pool(members, stage, result.metrics[group]))
         for run in members:
-            result.found[run.setting, group].update({run.task} if run.before or run.after else ())
+            _ = result.found[run.setting, group]  # a row for every setting, with a value or not
     return result
-
-
-def _metric(runs: Sequence[Run], wanted: str) -> str:
-    """The wanted metric if any run has it, else the primary score."""
-    has = any(wanted in result.metrics for run in runs for result in run.results.values() if result)
-    return wanted if has else "primary_score"
 
 
 def _fill(result: _Averages, group: str, stage: Stage, values: dict[tuple[Setting, str], Estimate]) -> None:
     by_setting: dict[Setting, list[Estimate]] = defaultdict(list)
-    for (setting, _), value in values.items():
+    for (setting, task), value in values.items():
         by_setting[setting].append(value)
+        result.found[setting, group].add(task)
     for setting, found in by_setting.items():
         if len(found) == len(result.tasks[group]):
             result.values[setting, group, stage] = over_tasks(found)
@@ -173,6 +175,16 @@ def _order(key: Key, layout: Layout) -> tuple[Any, ...]:
 
 def _place(name: str, known: dict[str, Any]) -> tuple[int, str]:
     return list(known).index(name) if name in known else len(known), name
+
+
+def _partial(groups: dict[str, list[str]], layout: Layout) -> Iterable[Problem]:
+    """Groups whose averages stand for fewer tasks than the labels list."""
+    for group, tasks in groups.items():
+        listed = layout.members(group, tasks)
+        missing = [task for task in listed if task not in tasks]
+        if missing:
+            text = f"Its averages are over {len(tasks)} of its {len(listed)} tasks; not here: {', '.join(missing)}."
+            yield Problem("part of a group", layout.group(group), text)
 
 
 def _problems(rows: Sequence[SummaryRow], layout: Layout, experts: dict[str, int]) -> Iterable[Problem]:

@@ -46,7 +46,7 @@ def test_seeds_are_pooled_and_their_spread_enters_the_error(tmp_path: Path) -> N
         paths = add_run(tmp_path, keep_k=4, method="random", trained=False, calibration={"seed": seed})
         file = next(paths.result(0).glob("*metrics.json"))
         content = json.loads(file.read_text())
-        content["metrics"]["primary_score"] = 0.3 + seed / 10
+        content["metrics"] |= dict.fromkeys(("acc_raw", "primary_score"), 0.3 + seed / 10)
         write_json(file, content)
     [row] = rows(load_tree(tmp_path))
     assert (row["seeds"], row["before"], row["after"]) == (3, pytest.approx(0.4), None)
@@ -106,7 +106,7 @@ def test_results_count_wins_on_shared_tasks_and_ties_for_both(tmp_path: Path) ->
     better = next((tmp_path / "demoemo").glob("demo_copy_keepk_8*")) / "results" / "checkpoint-0"
     file = next(better.glob("*metrics.json"))
     content = json.loads(file.read_text())
-    content["metrics"]["primary_score"] = 0.9
+    content["metrics"] |= {"acc_raw": 0.9, "primary_score": 0.9}
     write_json(file, content)
     wins = {(r["stage"], r["keep-k"], r["model"]): (r["wins"], r["of"]) for r in rows(load_tree(tmp_path), "results")}
     assert wins["before", 8, "demo/emo"] == (2, 2) and wins["before", 8, "demo/stdmoe"] == (1, 2)
@@ -122,6 +122,51 @@ def test_filters_by_id_folder_and_label_and_errors_name_near_matches(tree: Path)
         Filters(models=("demo/stdmo",)).apply(records, layout)
     with pytest.raises(UnknownNameError, match="primary_score"):
         make("summary", records, layout, metrics=["primary_scor"])
+
+
+def test_a_filter_keeps_the_full_model_that_drops_are_measured_against(tree: Path) -> None:
+    whole = {(row["model"], row["method"]): row for row in rows(load_tree(tree)) if row["keep-k"] == 4}
+    for filters in (Filters(keep_ks=(4,)), Filters(keep_ks=(4,), methods=("random",))):
+        found = rows(load_tree(tree), filters=filters)
+        assert found and {row["keep-k"] for row in found} == {4}
+        assert all(row == whole[row["model"], row["method"]] for row in found)
+
+
+def test_models_come_in_the_order_asked(tree: Path) -> None:
+    for names in (("demo/stdmoe", "demo/emo"), ("demo/emo", "demo/stdmoe")):
+        for kind in ("summary", "methods", "results"):
+            found = dict.fromkeys(row["model"] for row in rows(load_tree(tree), kind, filters=Filters(models=names)))
+            assert tuple(found) == names, kind
+
+
+def test_a_value_that_is_not_a_number_is_none_and_is_named(tmp_path: Path) -> None:
+    for task, value in (("demo_lookup", float("nan")), ("demo_copy", 0.5)):
+        file = next(add_run(tmp_path, task=task, keep_k=8, trained=False).result(0).glob("*metrics.json"))
+        content = json.loads(file.read_text())
+        content["metrics"] |= {"acc_raw": value, "primary_score": value}
+        file.write_text(json.dumps(content))
+    tables, problems = make("summary", load_tree(tmp_path), load_layout())
+    [row] = tables[0].records()
+    assert (row["tasks"], row["before"]) == ("1/2", None) and "nan" not in render(tables[0], "text")
+    assert {problem.message for problem in problems} >= {
+        "acc_raw is NaN: it has no value.", "demo has no average: 1 of 2 tasks are there."}
+
+
+def test_a_group_that_stands_for_fewer_tasks_than_listed_is_named(tmp_path: Path) -> None:
+    add_run(tmp_path, task="arc_easy_merged", keep_k=8)
+    _, problems = make("summary", load_tree(tmp_path), load_layout())
+    [partial] = [problem for problem in problems if problem.kind == "part of a group"]
+    assert partial.path == "mc9" and partial.message.startswith("Its averages are over 1 of its 9 tasks; not here: arc")
+
+
+def test_one_headline_metric_with_error_and_count_in_every_table(tmp_path: Path) -> None:
+    add_run(tmp_path, task="arc_easy_merged", keep_k=8)  # its primary metric is acc_raw here; 40 documents
+    records = load_tree(tmp_path)
+    [summary], [methods] = rows(records), rows(records, "methods")
+    assert (summary["metric"], summary["n"], methods["metric"], methods["n"]) == ("acc_raw", 40, "acc_raw", 40)
+    assert methods["layerwise"] == f"{summary['before']:.3f}±.050 → {summary['after']:.3f}±.050"
+    [before, _] = rows(records, "results")
+    assert (before["mc9 (acc_raw)"], before["± mc9"], before["n"]) == (summary["before"], 0.05, 40)
 
 
 def test_labels_rename_reorder_and_group(tree: Path, tmp_path: Path) -> None:
