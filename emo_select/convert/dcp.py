@@ -11,10 +11,10 @@ import io
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from emo_select.checkpoint.header import SAFETENSORS_DTYPE, tensor_bytes
 from emo_select.convert.pickles import DAMAGED, METADATA, TENSORS, TRAINER, Record, TensorHead, load
@@ -23,6 +23,7 @@ from emo_select.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 METADATA_FILE = ".metadata"
 READ_BYTES = 1 << 20
 
@@ -57,11 +58,14 @@ class TrainingTensors:
 
     Attributes:
         tensors: name as the trainer saved it (`model.…`, `optim.state.…`) → `StoredTensor`.
+        values: name → place of what is no tensor (`optim.param_groups.…`).
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tensors: Mapping[str, StoredTensor] = _read_metadata(folder / METADATA_FILE)
+        self.tensors: Mapping[str, StoredTensor]
+        self.values: Mapping[str, Piece]
+        self.tensors, self.values = _read_metadata(folder / METADATA_FILE)
 
     def info(self, name: str) -> StoredTensor:
         """The tensor's entry; CheckpointError if there is none."""
@@ -103,6 +107,21 @@ class TrainingTensors:
             whole[where] = self._read_piece(name, tensor, piece)
         return whole
 
+    def read_value(self, name: str) -> Any:
+        """A setting of the optimiser, such as a rate, as a plain Python value.
+
+        Raises:
+            CheckpointError: it is damaged, or its pickle names what a setting has no use for.
+        """
+        if name not in self.values:
+            raise CheckpointError(f"{self.folder} has no entry {name}.")
+        return self._opened(name, self.values[name], _read_value)
+
+    def check_values(self) -> None:
+        """Refuse settings whose pickles name anything to be run; an engine that loads them runs it."""
+        for name in self.values:
+            self.read_value(name)
+
     def _size(self, file: str) -> int:
         try:
             return (self.folder / file).stat().st_size
@@ -110,12 +129,16 @@ class TrainingTensors:
             raise CheckpointError(f"{self.folder} lacks {file}, which .metadata names; copy it there.") from None
 
     def _read_piece(self, name: str, tensor: StoredTensor, piece: Piece) -> torch.Tensor:
+        return self._opened(
+            name, piece, lambda archive, where: _read_archive(archive, tensor.dtype, piece.shape, where))
+
+    def _opened(self, name: str, piece: Piece, read: Callable[[zipfile.ZipFile, str], T]) -> T:
         where = f"{name} in {self.folder / piece.file}"
         try:
             with (self.folder / piece.file).open("rb") as file:
                 view = io.BufferedReader(_Slice(file.fileno(), piece.offset, piece.length), READ_BYTES)
                 with zipfile.ZipFile(view) as archive:
-                    return _read_archive(archive, tensor.dtype, piece.shape, where)
+                    return read(archive, where)
         except FileNotFoundError:
             raise CheckpointError(f"{self.folder} lacks {piece.file}, which .metadata names; copy it there.") from None
         except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, *DAMAGED):
@@ -163,6 +186,14 @@ def _read_archive(archive: zipfile.ZipFile, dtype: str, shape: tuple[int, ...], 
     return values.as_strided(shape, head.stride, head.offset)
 
 
+def _read_value(archive: zipfile.ZipFile, where: str) -> Any:
+    (entry,) = (entry for entry in archive.infolist() if entry.filename.endswith("data.pkl"))  # of two, one could hide
+    value = load(archive.read(entry), TENSORS, where)
+    if isinstance(value, TensorHead):
+        raise ValueError("a tensor, where a setting should be")
+    return value
+
+
 def _fill(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, buffer: memoryview) -> None:
     if entry.file_size != len(buffer):
         raise ValueError("another size than its head says")
@@ -175,7 +206,7 @@ def _fill(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, buffer: memoryview) 
             at += len(piece)
 
 
-def _read_metadata(path: Path) -> dict[str, StoredTensor]:
+def _read_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Piece]]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -183,7 +214,7 @@ def _read_metadata(path: Path) -> dict[str, StoredTensor]:
                               "unfinished one.") from None
     contents = load(data, METADATA, str(path))
     try:
-        return _tensors(contents)
+        return _tensors(contents), _values(contents)
     except DAMAGED:
         raise CheckpointError(f"{path} is not laid out as torch.distributed.checkpoint does it.") from None
 
@@ -199,13 +230,25 @@ def _tensors(contents: Record) -> dict[str, StoredTensor]:
             for name, entry in described.items()}
 
 
-def _piece(tensor: Record, index: Record, place: Record) -> Piece:
-    start = tuple(index.get("offset") or (0,) * len(tensor.get("size")))
-    shapes = {tuple(chunk.get("offsets")): tuple(chunk.get("sizes")) for chunk in tensor.get("chunks")}
+def _values(contents: Record) -> dict[str, Piece]:
+    described = contents.get("state_dict_metadata")
+    return {index.get("fqn"): Piece(_place(place), place.get("offset"), place.get("length"), (), ())
+            for index, place in contents.get("storage_data").items()
+            if not isinstance(described[index.get("fqn")].get("size"), tuple)}
+
+
+def _place(place: Record) -> str:
+    """Name of the file, which lies in the folder."""
     file = place.get("relative_path")
     if file != Path(file).name or place.get("transform_descriptors"):
         raise ValueError("a part outside the folder, or a packed one")
-    return Piece(file, int(place.get("offset")), int(place.get("length")), start, shapes[start])
+    return str(file)
+
+
+def _piece(tensor: Record, index: Record, place: Record) -> Piece:
+    start = tuple(index.get("offset") or (0,) * len(tensor.get("size")))
+    shapes = {tuple(chunk.get("offsets")): tuple(chunk.get("sizes")) for chunk in tensor.get("chunks")}
+    return Piece(_place(place), int(place.get("offset")), int(place.get("length")), start, shapes[start])
 
 
 def _check_pieces(name: str, tensor: StoredTensor, folder: Path) -> None:

@@ -102,8 +102,8 @@ TRAINER: Allowed = {
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, allowed: Allowed, where: str) -> None:
-        super().__init__(io.BytesIO(data))
+    def __init__(self, stream: io.BytesIO, allowed: Allowed, where: str) -> None:
+        super().__init__(stream)
         self._allowed, self._where = allowed, where
 
     def find_class(self, module: str, name: str) -> Any:
@@ -129,10 +129,14 @@ def load(data: bytes, allowed: Allowed, where: str) -> Any:
     Raises:
         CheckpointError: it names something outside `allowed`, or it is damaged; `where` says which file it is.
     """
+    stream = io.BytesIO(data)
     try:
-        return _Unpickler(data, allowed, where).load()
+        value = _Unpickler(stream, allowed, where).load()
     except DAMAGED:
         raise CheckpointError(f"{where} is damaged; copy or download it again.") from None
+    if stream.tell() != len(data):
+        raise CheckpointError(f"{where} has more behind its end; copy or download it again.")
+    return value
 
 
 def check_pickle(path: Path) -> None:
@@ -147,10 +151,11 @@ def check_pickle(path: Path) -> None:
 
 def _pickles(path: Path) -> list[bytes]:
     try:
-        if not zipfile.is_zipfile(path):
-            return [path.read_bytes()]
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":  # as torch tells them
+                return [path.read_bytes()]
         with zipfile.ZipFile(path) as archive:
-            return [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+            return [archive.read(entry) for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
     except (zipfile.BadZipFile, EOFError, NotImplementedError):

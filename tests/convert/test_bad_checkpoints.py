@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import pickle
 import shutil
@@ -70,6 +72,39 @@ def test_the_state_of_a_trainer_passes_and_a_malicious_one_does_not(cases, tmp_p
     torch.save({"rng": Malicious()}, tmp_path / "rank0.pt")
     with pytest.raises(CheckpointError, match=r"posix\.system"):
         check_pickle(tmp_path / "rank0.pt")
+
+
+def test_a_second_pickle_behind_a_harmless_first_one_is_not_missed(cases, tmp_path):
+    """torch reads a file that is no archive as several pickles, one after the other."""
+    path = tmp_path / "rank0.pt"
+    path.write_bytes(pickle.dumps(1) + pickle.dumps(Malicious()))
+    with pytest.raises(CheckpointError, match="behind its end"):
+        check_pickle(path)
+    whole = (cases / "emo" / "checkpoint" / "train" / "rank0.pt").read_bytes()
+    path.write_bytes(pickle.dumps(Malicious()) + whole)  # an archive for readers that look at the end
+    with pytest.raises(CheckpointError, match=r"posix\.system"):
+        check_pickle(path)
+
+
+def test_settings_of_the_optimiser_are_read_and_a_malicious_one_is_refused(copied):
+    folder = copied("emo") / WEIGHTS
+    tensors = TrainingTensors(folder)
+    assert tensors.read_value("optim.param_groups.embeddings.weight.weight_decay") == 0
+    assert tensors.read_value("optim.param_groups.embeddings.weight.lr") == pytest.approx(4e-4)
+    tensors.check_values()
+    place = tensors.values["optim.param_groups.embeddings.weight.foreach"]
+    stream = io.BytesIO()
+    torch.save(Malicious(), stream)
+    path = folder / place.file
+    data = path.read_bytes()
+    room = stream.getvalue()
+    path.write_bytes(data[:place.offset] + room + data[place.offset + len(room):])
+    metadata = (folder / ".metadata").read_bytes()
+    assert metadata and len(room) >= place.length
+    tensors.values = {**tensors.values, "optim.param_groups.embeddings.weight.foreach":
+                      dataclasses.replace(place, length=len(room))}
+    with pytest.raises(CheckpointError, match=r"posix\.system"):
+        tensors.check_values()
 
 
 def test_one_flipped_bit_in_the_values_is_noticed(copied, tmp_path):
@@ -145,7 +180,6 @@ def test_nan_is_not_converted(copied, tmp_path):
     with path.open("r+b") as file:
         file.seek(piece.offset)
         buffer = torch.full((32,), float("nan"))
-        import io
         stream = io.BytesIO()
         torch.save(buffer, stream)
         assert len(stream.getvalue()) == piece.length
