@@ -222,7 +222,7 @@ def compare(
 
     options = Options("first" if before else "last", metric, resamples, confidence)
     layout = load_layout(labels)
-    found, problems = compared(a, b, output_dir, options)
+    found, problems = compared(a, b, output_dir, options, layout)
     listed = flips_table(found)
     if to is None and not as_json:
         listed = replace(listed, rows=listed.rows[:flips])

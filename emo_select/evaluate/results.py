@@ -1,4 +1,4 @@
-"""The result files: published names and keys, standard errors and problem rows as keys of our own.
+"""The result files: published names and keys; of our own standard errors, problem rows and a hash of each question.
 
     task-<alias>-metrics.json        averages over the evaluated documents
     task-<alias>-predictions.jsonl   one line per document, in order
@@ -93,7 +93,7 @@ def write_results(folder: Path, task: Task, outcome: Outcome, heading: Heading) 
 def _write(folder: Path, task: Task, outcome: Outcome, heading: Heading) -> dict[str, Any]:
     per_doc = [prediction["metrics"] for prediction in outcome.predictions]
     metrics: dict[str, Any] = finite(task.aggregate(per_doc, outcome.docs))
-    lines = (json.dumps(finite(line), ensure_ascii=False) for line in _prediction_lines(outcome, heading))
+    lines = (json.dumps(finite(line), ensure_ascii=False) for line in _prediction_lines(task, outcome, heading))
     write_bytes(predictions_path(folder, task), "".join(f"{line}\n" for line in lines).encode())
     content = {
         "task_name": task.alias,
@@ -115,10 +115,10 @@ def _write(folder: Path, task: Task, outcome: Outcome, heading: Heading) -> dict
     return metrics
 
 
-def _prediction_lines(outcome: Outcome, heading: Heading) -> list[dict[str, Any]]:
+def _prediction_lines(task: Task, outcome: Outcome, heading: Heading) -> list[dict[str, Any]]:
     return [
-        {"doc_id": number, "native_id": doc["native_id"], "metrics": prediction["metrics"],
-         "model_output": prediction["model_output"], "label": prediction["label"],
+        {"doc_id": number, "native_id": doc["native_id"], "question_hash": task.question_hash(doc),
+         "metrics": prediction["metrics"], "model_output": prediction["model_output"], "label": prediction["label"],
          "task_hash": heading.task_hash, "model_hash": heading.model_hash}
         for number, doc, prediction in zip(outcome.numbers, outcome.docs, outcome.predictions, strict=True)
     ]

@@ -8,15 +8,15 @@ of calibration examples or training seeds.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emo_select.errors import CheckpointError, SpecError, UsageError
 from emo_select.spec import model_directory
-from emo_select.tables.layout import Layout
-from emo_select.tables.predictions import Prediction, predictions_file, read_predictions
+from emo_select.tables.layout import PRIMARY, Layout, load_layout
+from emo_select.tables.predictions import Prediction, paired, predictions_file, read_predictions
 from emo_select.tables.read import Problem, Records, Result, Run, load_tree
 from emo_select.tables.selection import keep_set_of
 from emo_select.tables.write import Cell, Table
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-COLUMNS = ["model", "setting", "task", "metric", "docs", "A", "B", "B - A", "low", "high", "gained", "lost", "changed",
-           "keep-set overlap"]
+COLUMNS = ["model", "setting", "task", "metric", "n", "A", "± A", "B", "± B", "B - A", "low", "high", "gained",
+           "lost", "changed", "keep-set overlap"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Options:
 
     checkpoint: str = "last"
     metric: str | None = None
-    """None takes each task's primary metric."""
+    """None takes each task's headline metric."""
     resamples: int = 2000
     confidence: float = 0.95
     seed: int = 0
@@ -67,7 +67,9 @@ class Comparison:
     """The run of side B."""
     metric: str
     a: float
+    a_error: float | None
     b: float
+    b_error: float | None
     low: float
     high: float
     docs: int
@@ -76,26 +78,29 @@ class Comparison:
     changed: int
     """Documents with another answer, whether it scores differently or not."""
     overlap: float | None
-    """Mean over MoE layers of |A ∩ B| / |A ∪ B| of the kept experts."""
+    """Mean over MoE layers of |A ∩ B| / |A ∪ B| of the kept experts; None for two models, whose experts differ."""
     flips: list[Flip] = field(default_factory=list)
     draws: NDArray[np.float64] | None = None
 
     def cells(self, layout: Layout) -> list[Cell]:
         """The row of the table."""
         setting = self.run.setting
-        name = ", ".join(filter(None, [f"keep-k {setting.keep_k}", setting.method, setting.note()]))
-        return [layout.model(setting.model), name, self.run.task, self.metric, self.docs, self.a, self.b,
-                self.b - self.a, self.low, self.high, self.gained, self.lost, self.changed, self.overlap]
+        method = layout.method(setting.method).label
+        name = ", ".join(filter(None, [f"keep-k {setting.keep_k}", method, setting.note()]))
+        return [layout.model(setting.model), name, self.run.task, self.metric, self.docs, self.a, self.a_error, self.b,
+                self.b_error, self.b - self.a, self.low, self.high, self.gained, self.lost, self.changed, self.overlap]
 
 
 def compare(
-    a: str, b: str, root: str | None = None, options: Options = Options()
+    a: str, b: str, root: str | None = None, options: Options = Options(), layout: Layout | None = None
 ) -> tuple[list[Comparison], list[Problem]]:
     """Compare two run directories, two models of the tree at `root`, or two trees.
 
     Pairs share task, keep-k, method and setting (for trees also the model, for single runs only the task). Raises
-    `UsageError` where nothing can be paired; a pair without predictions becomes a `Problem`.
+    `UsageError` where nothing can be paired, runs or documents; a pair without predictions, or documents that only one
+    side has, become a `Problem`. The metric is each task's headline by `layout`.
     """
+    layout = layout or load_layout()
     one, other = side(a, root), side(b, root)
     shared = [key for key in one.runs if key in other.runs]
     if not shared:
@@ -104,9 +109,13 @@ def compare(
     problems: list[Problem] = []
     for key in shared:
         try:
-            found.append(_pair((one.root, one.runs[key]), (other.root, other.runs[key]), options))
+            comparison, noted = _pair((one.root, one.runs[key]), (other.root, other.runs[key]), options, layout)
+            found.append(comparison)
+            problems += noted
         except CheckpointError as error:
             problems.append(Problem("no comparison", other.runs[key].directory, str(error)))
+    if not found:
+        raise UsageError(problems[0].message)
     return found, problems
 
 
@@ -181,28 +190,46 @@ def _model_folder(name: str, records: Records) -> str:
     return folder
 
 
-def _pair(a: tuple[Path, Run], b: tuple[Path, Run], options: Options) -> Comparison:
-    """Compare one pair on the documents that both have."""
+def _pair(a: tuple[Path, Run], b: tuple[Path, Run], options: Options, layout: Layout
+          ) -> tuple[Comparison, list[Problem]]:
+    """Compare one pair on the documents that both have; what to know about the pairing."""
     import numpy as np
 
     (root_a, run_a), (root_b, run_b) = a, b
-    metric = options.metric or _primary(run_a, options.checkpoint)
+    metric = options.metric or _headline(run_a, options.checkpoint, layout)
     one, other = (_documents(root, run, metric, options.checkpoint) for root, run in (a, b))
-    docs = sorted(one.keys() & other.keys())
-    if not docs:
-        raise CheckpointError(f"{run_a.directory} and {run_b.directory} share no document.")
-    scores = np.array([[one[doc].score, other[doc].score] for doc in docs])
+    pairs, how = paired(one, other)
+    if not pairs:
+        raise CheckpointError(f"{run_a.directory} and {run_b.directory} share no document: none of {len(one)} and "
+                              f"{len(other)} questions is the same.")
+    scores = np.array([[x.score, y.score] for x, y in pairs])
     difference = scores[:, 1] - scores[:, 0]
     seeds = [options.seed, zlib.crc32(run_b.task.encode())]  # independent draws for each task
     draws = paired_bootstrap(difference, options.resamples, seeds)
     low, high = _interval(draws, options.confidence)
-    return Comparison(
-        run_b, metric, float(scores[:, 0].mean()), float(scores[:, 1].mean()), low, high, len(docs),
-        int((difference > 0).sum()), int((difference < 0).sum()),
-        sum(one[doc].answer != other[doc].answer for doc in docs),
-        keep_set_overlap(root_a / run_a.directory, root_b / run_b.directory),
-        [Flip(run_b.task, one[d], other[d]) for d in docs if one[d].score != other[d].score], draws,
+    same_model = run_a.setting.model == run_b.setting.model
+    comparison = Comparison(
+        run_b, metric, *_mean_and_error(scores[:, 0]), *_mean_and_error(scores[:, 1]), low, high, len(pairs),
+        int((difference > 0).sum()), int((difference < 0).sum()), sum(x.answer != y.answer for x, y in pairs),
+        keep_set_overlap(root_a / run_a.directory, root_b / run_b.directory) if same_model else None,
+        [Flip(run_b.task, x, y) for x, y in pairs if x.score != y.score], draws,
     )
+    return comparison, list(_pairing(run_b.directory, len(pairs), len(one), len(other), how))
+
+
+def _mean_and_error(scores: NDArray[np.float64]) -> tuple[float, float | None]:
+    error = float(scores.std(ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else None
+    return float(scores.mean()), error
+
+
+def _pairing(where: str, matched: int, a: int, b: int, how: str) -> Iterable[Problem]:
+    """What the numbers of a pair do not show: documents left out, and pairs that nothing but their place confirms."""
+    if matched < max(a, b):
+        text = f"{matched} documents are on both sides, of {a} in A and {b} in B; the others are left out."
+        yield Problem("unmatched", where, text)
+    if how == "position":
+        yield Problem("pairing", where, "Documents are paired by position and label: the files do not say which is "
+                                        "which.")
 
 
 def paired_bootstrap(difference: NDArray[np.float64], resamples: int, seed: int | Sequence[int]) -> NDArray[np.float64]:
@@ -226,12 +253,12 @@ def _interval(draws: NDArray[np.float64], confidence: float) -> tuple[float, flo
     return float(low), float(high)
 
 
-def _documents(root: Path, run: Run, metric: str, checkpoint: str) -> dict[int, Prediction]:
+def _documents(root: Path, run: Run, metric: str, checkpoint: str) -> list[Prediction]:
     folder = RunPaths(root / run.directory).result(_step(run, checkpoint))
     path = predictions_file(folder)
     if path is None:
         raise CheckpointError(f"{folder} has no predictions; evaluate this run again to have them written.")
-    return {prediction.doc: prediction for prediction in read_predictions(path, metric)}
+    return list(read_predictions(path, metric))
 
 
 def _step(run: Run, checkpoint: str) -> int:
@@ -240,11 +267,12 @@ def _step(run: Run, checkpoint: str) -> int:
     return min(run.results) if checkpoint == "first" else max(run.results)
 
 
-def _primary(run: Run, checkpoint: str) -> str:
+def _headline(run: Run, checkpoint: str, layout: Layout) -> str:
     result: Result | None = run.first if checkpoint == "first" else run.last
-    if result is None or result.primary is None:
+    metric = layout.headline(layout.group_of(run.task), [result]) if result else PRIMARY
+    if metric == PRIMARY:
         raise CheckpointError(f"{run.directory} does not say which metric is the primary one; choose with --metric.")
-    return result.primary
+    return metric
 
 
 def _mean(group: str, members: Sequence[Comparison], layout: Layout, options: Options) -> list[Cell]:
@@ -253,10 +281,17 @@ def _mean(group: str, members: Sequence[Comparison], layout: Layout, options: Op
     mean = replace(
         members[0], run=replace(members[0].run, task=f"mean of {layout.group(group)} ({len(members)})"),
         a=sum(one.a for one in members) / len(members), b=sum(one.b for one in members) / len(members),
+        a_error=_over([one.a_error for one in members]), b_error=_over([one.b_error for one in members]),
         low=low, high=high, overlap=None, metric="",
         **{name: sum(getattr(one, name) for one in members) for name in ("docs", "gained", "lost", "changed")},
     )
     return mean.cells(layout)
+
+
+def _over(errors: Sequence[float | None]) -> float | None:
+    """Standard error of a mean over tasks, whose documents are independent."""
+    known = [error for error in errors if error is not None]
+    return sum(error**2 for error in known) ** 0.5 / len(errors) if len(known) == len(errors) else None
 
 
 def _text(value: Any) -> Cell:

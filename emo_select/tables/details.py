@@ -10,6 +10,8 @@ from typing import Any
 from pydantic_core import from_json
 
 from emo_select.errors import CheckpointError
+from emo_select.tables.layout import PRIMARY, Layout
+from emo_select.tables.pool import results_of
 from emo_select.tables.predictions import Prediction, changed, predictions_file, read_predictions
 from emo_select.tables.read import Records, Result, Run, Setting
 from emo_select.tables.selection import as_bits, keep_set_of
@@ -22,10 +24,10 @@ ANSWER_LENGTH = 160  # characters
 class Details:
     """Reads details run by run; `examples` changed predictions each, found by reading as little as possible."""
 
-    def __init__(self, records: Records, experts: dict[str, int], examples: int) -> None:
-        self._root, self._experts, self._examples = records.root, experts, examples
+    def __init__(self, records: Records, layout: Layout, experts: dict[str, int], examples: int) -> None:
+        self._root, self._layout, self._experts, self._examples = records.root, layout, experts, examples
         self._full = {
-            (run.setting.model, run.task, run.setting.eval_shots): run for run in records.runs
+            (run.setting.model, run.task, run.setting.eval_shots): run for run in records.beside
             if run.setting.keep_k == experts.get(run.setting.model) or run.setting.keep_k is None
         }
 
@@ -54,9 +56,9 @@ class Details:
         full = self._full.get((run.setting.model, run.task, run.setting.eval_shots))
         if not self._examples or full is None or full is run:
             return []
-        metric = next((result.primary for result in run.results.values() if result and result.primary), None)
+        metric = self._layout.headline(self._layout.group_of(run.task), results_of([run]))
         files = [self._predictions(one) for one in (full, run)]
-        if metric is None or None in files:
+        if metric == PRIMARY or None in files:
             return []
         try:
             one, other = (read_predictions(path, metric) for path in files if path)

@@ -48,7 +48,7 @@ def report_data(records: Records, layout: Layout, *, examples: int = 5) -> dict[
     rows, problems = summarise(records, layout)
     every = [*records.problems, *problems]
     metrics = {row.group: row.metric for row in rows}
-    details = Details(records, experts, examples)
+    details = Details(records, layout, experts, examples)
     with track("Reading runs", total=len(records.runs)) as bar:
         described = []
         for run in records.runs:

@@ -288,6 +288,10 @@ class Task(ABC):
     def prompt(self, doc: Doc) -> str:
         """The document's own part of the prompt, up to where the answer begins."""
 
+    def question_hash(self, doc: Doc) -> str:
+        """Which question a document asks, whatever its place, its shots and its id: 16 hexadecimal digits."""
+        return hashlib.sha256(self.prompt(doc).encode()).hexdigest()[:16]
+
     @abstractmethod
     def answer(self, doc: Doc) -> str:
         """The gold answer as it continues the prompt (it begins with its space)."""

@@ -5,6 +5,8 @@ lm_eval is imported when a task is looked for, and a task is built, which reads 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -149,6 +151,9 @@ class LmEvalTask(Task):
 
     def prompt(self, doc: Doc) -> str:
         return self._gold(doc, 0).prompt
+
+    def question_hash(self, doc: Doc) -> str:
+        return hashlib.sha256(json.dumps(doc["row"], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def answer(self, doc: Doc) -> str:
         return self._gold(doc, 0).answer
