@@ -7,7 +7,13 @@ had begun and leaves a resumable state (exit code 1).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class EmoSelectError(Exception):
@@ -83,6 +89,20 @@ class StandstillError(EmoSelectError):
 
 class NumericError(EmoSelectError):
     """NaN or infinity in weights, scores or losses."""
+
+
+def keywords_checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a mistyped keyword of a public function a `SpecError` sentence with the near match."""
+    known = list(inspect.signature(function).parameters)
+
+    @wraps(function)
+    def checked(*args: P.args, **values: P.kwargs) -> R:
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise SpecError(f"{function.__name__}() has no {unknown[0]!r}; {nearest(unknown[0], known)}")
+        return function(*args, **values)
+
+    return checked
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

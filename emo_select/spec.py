@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from emo_select import progress
 from emo_select.errors import KeepKError, SpecError, UnknownNameError
 
 METHODS = ("layerwise", "easy_ep", "random", "global", "frequency", "gate_mass", "ean", "reap")
@@ -346,12 +347,19 @@ def listed(values: str | Iterable[str]) -> list[str]:
 
 
 def keep_ks_in(values: str | Iterable[str]) -> list[str]:
-    """Flatten repeated and comma-separated keep-k. Raises `KeepKError` for 12,5%, which could mean 12.5%."""
+    """Flatten repeated and comma-separated keep-k.
+
+    Raises `KeepKError` for 12,5% by itself, which is most likely a decimal comma; within a longer list it is said how
+    it is read.
+    """
     several = [values] if isinstance(values, str) else list(values)
     for value in several:
-        if found := re.search(r"(?<![\w.%])(\d+),(\d+%)", value):
-            raise KeepKError(f"keep-k {found[0]!r} can be read in two ways: write {found[1]}.{found[2]} for a share, "
-                             f"or --keep-k {found[1]} --keep-k {found[2]} for two numbers.")
+        found = re.search(r"(?<![\w.%])(\d+),(\d+%)", value)
+        if found and found[0] == value.strip():
+            raise KeepKError(f"keep-k {value!r} can be read in two ways: write {found[1]}.{found[2]} for a share, or "
+                             f"--keep-k {found[1]} --keep-k {found[2]} for two numbers.")
+        if found:
+            progress.say(f"keep-k {value!r} is read as {', '.join(listed(value))}; shares have a decimal point.")
     return listed(several)
 
 

@@ -51,7 +51,9 @@ def test_commands_and_options_exist(page):
 
 def test_public_names():
     assert emo_select.__all__ == [
-        "RunSpec", "Selection", "__version__", "load_tree", "prune_checkpoint", "run", "select_experts"]
+        "Calibration", "Evaluation", "Execution", "Lora", "RunResult", "RunSpec", "Score", "Selection", "Training",
+        "__version__", "load_tree", "prune_checkpoint", "run", "select_experts"]
+    assert set(emo_select.__all__) <= set(dir(emo_select))
     for name in emo_select.__all__:
         assert getattr(emo_select, name)
 

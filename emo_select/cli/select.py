@@ -136,7 +136,7 @@ def select(
     texts = _calibration(num_examples, seed, num_shots, leave_out_shots, calibration, thinking, max_length)
     keep_ks, schedules = common.keep_ks(keep_k or []), common.listed(schedule or [])
     if out is not None or weights is not None or schedules or (calibration is not None and not names):
-        wanted = {"tasks": list(weights or names), "weights": weights, "score": score, "num_shared": num_shared,
+        wanted = {"task": list(weights or names), "weights": weights, "score": score, "num_shared": num_shared,
                   "calibration": texts}
         folder = _need_out(out, "mixed tasks, schedules and own texts without a task")
         results = _standalone(models, keep_ks, schedules, common.listed(method), wanted, folder,
@@ -253,10 +253,12 @@ def _collect(model: str, tasks: list[str], texts: dict[str, Any], options: Strea
     from emo_select.checkpoint import open_checkpoint
     from emo_select.experts import collect_activations
     from emo_select.experts.select import texts_of
+    from emo_select.models import load_tokenizer
     from emo_select.spec import Calibration, checked
 
-    with open_checkpoint(model) as checkpoint:
-        ids, groups = texts_of(model, tasks, checked(Calibration, texts), data_dir)
+    with open_checkpoint(model, data_dir=data_dir) as checkpoint:
+        tokenizer = load_tokenizer(str(checkpoint.directory))
+        ids, groups = texts_of(tokenizer, tasks, checked(Calibration, texts), data_dir)
         collect_activations(checkpoint, ids, groups, out, options, {"model": model})
     return out
 
@@ -273,8 +275,8 @@ def _standalone(models: list[str], keep_ks: list[str], schedules: list[str], met
     for model in models:
         asked, folder = _keep_ks(model, keep_ks, schedules), names.folder(model)
         for method in methods:
-            found = select_experts(model, Selection(asked, method, **wanted), out_dir=out, options=options,
-                                   data_dir=data_dir)
+            found = select_experts(model, Selection(keep_k=asked, method=method, **wanted), out_dir=out,
+                                   options=options, data_dir=data_dir)
             several = len(models) * len(methods) * len(asked) > 1
             results += [_store(keep_set, out / _folder(folder, method, asked) if several else out)
                         for asked, keep_set in found.items()]

@@ -21,7 +21,7 @@ from emo_select.checkpoint.card import LEGAL, write_card
 from emo_select.checkpoint.finite import all_finite
 from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE
 from emo_select.checkpoint.reader import INDEX
-from emo_select.errors import KeepKError, NumericError, SpecError
+from emo_select.errors import KeepKError, NumericError, SpecError, keywords_checked
 from emo_select.experts.keepset import (
     KeepSet,
     check_keep_set,
@@ -75,6 +75,7 @@ class PrunePlan:
         return sum(copy.spec.bytes for copy in self.copies)
 
 
+@keywords_checked
 @translated()
 def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dtype: str | None = None,
                      max_shard_size: str | int | None = None, metadata: Mapping[str, Any] | None = None,

@@ -12,17 +12,20 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json  # several times faster than json.loads, and accepts NaN as well
 
-from emo_select.errors import SpecError, UnknownNameError, UsageError
+from emo_select.errors import SpecError, UnknownNameError, UsageError, keywords_checked
 from emo_select.faults import translated
 from emo_select.spec import RunName, RunSpec, parse_directory_name
 from emo_select.tables.cache import FileCache
 from emo_select.tree import RunPaths, Tree
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # The published scripts spell a seed into the middle of the shots part; read it as what was meant.
 _ODD_SEED = re.compile(r"_(pshots|eshots)_pseed-(\d+)-(\d+)")
@@ -156,6 +159,17 @@ class Records:
     """Once filtered: the runs of the same models and tasks whatever their keep-k and method, among them the full
     models that the runs are measured against."""
 
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per evaluated checkpoint: the run's settings, the headline score with its standard error and number
+        of documents, and every metric under its own name (fractions of 1)."""
+        import pandas as pd
+
+        rows = [{"directory": run.directory, "task": run.task, **asdict(run.setting), "seed": run.seed,
+                 "checkpoint": step, "metric": result.primary, "score": result.metrics.get("primary_score"),
+                 "error": result.errors.get("primary_score"), "documents": result.count, **result.metrics}
+                for run in self.runs for step, result in sorted(run.results.items()) if result is not None]
+        return pd.DataFrame(rows)
+
     @property
     def beside(self) -> list[Run]:
         """The runs to look for full models in."""
@@ -170,6 +184,7 @@ class Records:
                 for folder, record in found.items()}
 
 
+@keywords_checked
 @translated()
 def load_tree(root: str | Path | None = None, *, cached: bool = True) -> Records:
     """Read every run below `root` (default: EMO_SELECT_OUTPUT_DIR, else ./selective_evals_final).

@@ -74,7 +74,8 @@ def test_a_model_without_custom_masks_takes_the_stock_path(make_model: Any, toke
 
 def test_the_probe_refuses_a_recurrent_model(make_model: Any, tokenizer: Any) -> None:
     model = make_model("Mamba2", num_heads=4, head_dim=16, n_groups=1, state_size=8, expand=2)
-    assert "differ" in (ours(model, tokenizer).stock_reason or "")
+    reason = ours(model, tokenizer).stock_reason or ""  # from transformers 5.24 on it takes a cache, of its own kind
+    assert "differ" in reason or "does not take a cached prefix" in reason
 
 
 def test_bfloat16_is_near_float32(make_model: Any, tokenizer: Any) -> None:
