@@ -20,7 +20,8 @@
         clusters.json                    list of `Cluster`
         labels.yaml                      a name per cluster, to be edited
         metrics.json                     list of `Measure`
-      coverage/                          see `emo_select.analysis.coverage`
+
+`<root>/<texts>/<model>_coverage/` is described in `emo_select.analysis.coverage`.
 
 T tokens, N documents, L layers, E routed experts of a layer, K experts chosen per token. A clustered row is a token, or
 a document where the fit's embedding begins with `doc_`. Every file made from others records their fingerprint: lists

@@ -20,6 +20,7 @@ from emo_select.spec import model_directory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from emo_select.analysis.coverage import Coverage
     from emo_select.checkpoint import Checkpoint
     from emo_select.experts import StreamOptions
 
@@ -133,6 +134,14 @@ def _end_token(config: dict[str, Any]) -> int | None:
     found = config.get("eos_token_id")
     first = found[0] if isinstance(found, list) and found else found
     return first if isinstance(first, int) else None
+
+
+def cover_all(wanted: Extraction) -> list[Coverage]:
+    """Collect the topic coverage of every model below `<out>/<model>_coverage`."""
+    from emo_select.analysis.coverage import collect
+
+    return [collect(checkpoint, wanted.corpus, model, wanted.out / f"{wanted.folder(model).name}_coverage",
+                    wanted.options) for model, checkpoint in wanted.checkpoints.items()]
 
 
 def fit_all(folders: Sequence[ModelFolder], wanted: Fitting) -> list[Analysed]:

@@ -132,10 +132,10 @@ def run(
     as_json: common.AsJson = False,
 ) -> None:
     """All of it, for one model or several: extract, fit, label, and the numbers side by side."""
-    asked = _texts(texts, per_label, doc_tokens, min_tokens, label, seed, scan, num_examples, data_dir, bucket, eos_id,
-                   _published(published_sampling, target_tokens, doc_tokens, seed, chunk_bytes))
-    wanted = _extraction(model, asked, out, _needs_logits(embedding, published_layout),
-                         _options(device, dtype, memory_budget, token_budget, scratch))
+    asked = texts_of(texts, per_label, doc_tokens, min_tokens, label, seed, scan, num_examples, data_dir, bucket,
+                     eos_id, _published(published_sampling, target_tokens, doc_tokens, seed, chunk_bytes))
+    wanted = extraction(model, asked, out, _needs_logits(embedding, published_layout),
+                         options_of(device, dtype, memory_budget, token_budget, scratch))
     fitting = _fitting(embedding, preprocess, method, k, restarts, fit_seed, engine, balance_by, balance_n)
     fitting.check()
     if dry_run:
@@ -175,10 +175,10 @@ def extract(
 
     A killed extraction goes on after the last finished layer when the same command is given again.
     """
-    asked = _texts(texts, per_label, doc_tokens, min_tokens, label, seed, scan, num_examples, data_dir, bucket, eos_id,
-                   _published(published_sampling, target_tokens, doc_tokens, seed, chunk_bytes))
-    wanted = _extraction(model, asked, out, logits or published_layout is not None,
-                         _options(device, dtype, memory_budget, token_budget, scratch))
+    asked = texts_of(texts, per_label, doc_tokens, min_tokens, label, seed, scan, num_examples, data_dir, bucket,
+                     eos_id, _published(published_sampling, target_tokens, doc_tokens, seed, chunk_bytes))
+    wanted = extraction(model, asked, out, logits or published_layout is not None,
+                         options_of(device, dtype, memory_budget, token_budget, scratch))
     if dry_run:
         _show_plan(wanted, as_json)
         return
@@ -245,7 +245,7 @@ def demo(
     from emo_select.analysis.sources import Texts
 
     texts = Texts("demo")
-    wanted = _extraction(["demo/emo,demo/stdmoe"], texts, out, False, None)
+    wanted = extraction(["demo/emo,demo/stdmoe"], texts, out, False, None)
     _finish(wanted, _fitting("probs", "mean_pca_l2", "spherical_kmeans", ["16"], 8, 42, "torch", None, None), None,
             None, as_json)
 
@@ -253,9 +253,10 @@ def demo(
 # ---- what was asked
 
 
-def _texts(source: str, per_label: int, doc_tokens: int, min_tokens: int, label: str | None, seed: int, scan: int,
+def texts_of(source: str, per_label: int, doc_tokens: int, min_tokens: int, label: str | None, seed: int, scan: int,
            num_examples: int | None, data_dir: str | None, bucket: str | None, eos: int | None, published: Any
            ) -> Texts:
+    """Which texts were asked for."""
     from emo_select.analysis.corpus import Sampling
     from emo_select.analysis.sources import Texts
 
@@ -269,15 +270,17 @@ def _published(asked: bool, target_tokens: int, doc_tokens: int, seed: int, chun
     return Published(target_tokens, doc_tokens, seed=seed, chunk_bytes=chunk_bytes) if asked else None
 
 
-def _options(device: str, dtype: str, memory_budget: str | None, token_budget: int | None, scratch: Path | None
+def options_of(device: str, dtype: str, memory_budget: str | None, token_budget: int | None, scratch: Path | None
              ) -> StreamOptions:
+    """How the pass is to run."""
     from emo_select.experts import StreamOptions
 
     return StreamOptions(device, dtype, memory_budget, token_budget, scratch)
 
 
-def _extraction(models: list[str], texts: Texts, out: Path | None, logits: bool, options: StreamOptions | None
+def extraction(models: list[str], texts: Texts, out: Path | None, logits: bool, options: StreamOptions | None
                 ) -> Extraction:
+    """Which models see which texts, and where the result goes."""
     import os
 
     from emo_select.analysis.layout import DEFAULT_ROOT, ROOT_VARIABLE
@@ -352,7 +355,7 @@ def _show_fits(one: Analysed) -> None:
     from emo_select.analysis.fit import SWEEP_HEADER, sweep_table
 
     typer.echo(f"{one.folder.info.model} ({one.folder.path})")
-    _table(list(SWEEP_HEADER), sweep_table(one.fits))
+    table(list(SWEEP_HEADER), sweep_table(one.fits))
 
 
 def _show_results(done: Sequence[Analysed], as_json: bool, place: Path | None = None) -> None:
@@ -387,7 +390,7 @@ def _show_clusters(one: Analysed, number: int) -> None:
     rows = [[f"{cluster.share:.1%}", cluster.kind, _number(cluster.survival), fit.names[cluster.id].label,
              ", ".join(f"{share.name} {share.share:.0%}" for share in cluster.labels[:1])]
             for cluster in fit.clusters[:MOST_CLUSTERS]]
-    _table(["share", "kind", "stable", "words", "mostly"], rows)
+    table(["share", "kind", "stable", "words", "mostly"], rows)
     if len(fit.clusters) > MOST_CLUSTERS:
         typer.echo(f"  … and {len(fit.clusters) - MOST_CLUSTERS} more in {fit.path.name}/clusters.json")
 
@@ -398,7 +401,7 @@ def _show_measures(done: Sequence[Analysed], number: int) -> None:
 
     rows = [[first.about, *(_cell(one) for one in each)] for first, each in
             comparison(done, lambda item: item.fits[number])]
-    _table(["", *(f"{one.folder.path.name} (null)" for one in done)], rows)
+    table(["", *(f"{one.folder.path.name} (null)" for one in done)], rows)
 
 
 def _cell(one: Any) -> str:
@@ -412,7 +415,7 @@ def _short(value: float) -> str:
     return f"{round(value, 2) + 0.0:.2f}"  # no minus before a zero
 
 
-def _table(header: list[str], rows: list[list[str]]) -> None:
+def table(header: list[str], rows: list[list[str]]) -> None:
     """Aligned columns; at 80 columns long texts are wrapped, never cut."""
     from rich.console import Console
     from rich.table import Table
