@@ -30,8 +30,9 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    checkpoint: Annotated[str, typer.Argument(help="A training's folder step<N>, or a released checkpoint: folder, "
-                                                   "Hub id or demo/NAME.")],
+    checkpoint: Annotated[str, typer.Argument(
+        metavar="CHECKPOINT", help="A training's folder step<N>, or a released checkpoint: folder, Hub id or "
+                                   "demo/NAME.")],
     to: Annotated[Format, typer.Option("--to", help="hf: training to released; olmo-core: the other way.",
                                        rich_help_panel=RUN)],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.", rich_help_panel=OUTPUT)],

@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 def tokenize(
     sources: Annotated[list[str], typer.Argument(
-        metavar="TEXTS...", help="Files (.jsonl, .json.gz, .jsonl.zst, .parquet, .txt), folders of them, or hf:ID.")],
+        metavar="TEXTS", help="Files (.jsonl, .json.gz, .jsonl.zst, .parquet, .txt), folders of them, or hf:ID.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the token files.", rich_help_panel=OUTPUT)],
     tokenizer: Annotated[str, typer.Option("--tokenizer", help="Folder, Hub id or demo/NAME.", rich_help_panel=RUN)],
     train_tokenizer: Annotated[int | None, typer.Option(

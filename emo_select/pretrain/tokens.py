@@ -28,6 +28,7 @@ TOKENIZER = "tokenizer"  # folder beside the token files
 PLACEHOLDER = "{TOKENIZER}"
 BYTES = {"uint8": 1, "uint16": 2, "uint32": 4}
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # looked at per file, evenly spaced
+SCAN = 1 << 22  # numbers looked at once where a sample is not enough
 WIDE = 8  # numbers that tell wider ones from narrow ones
 NUMPY_MAGIC = b"\x93NUMPY"
 DOLMA2 = "allenai/dolma2-tokenizer"  # of all published trainings, and never on a compute node
@@ -167,9 +168,15 @@ def _check_numbers(path: Path, dtype: str, vocabulary: Vocabulary) -> None:
         if width < 4 and len(numbers) >= WIDE and not numbers[1::2].any():
             raise TokenDataError(f"{path} has 0 in every second place; its numbers are wider than {dtype}.")
         ends += int((numbers == vocabulary.eos).sum())
-    if not ends:
-        raise TokenDataError(f"{path} has no end of text (token {vocabulary.eos}) in any place looked at; documents "
-                             "would run into each other. Its texts need one after each document.")
+    if not ends and not _has(path, dtype, vocabulary.eos):
+        raise TokenDataError(f"{path} has no end of text (token {vocabulary.eos}): documents run into each other, or "
+                             "it is of another tokenizer; tokenize its texts again.")
+
+
+def _has(path: Path, dtype: str, number: int) -> bool:
+    """Whether the number is anywhere in the file, which is read until it is found."""
+    tokens = read_tokens(path, dtype)
+    return any((tokens[start:start + SCAN] == number).any() for start in range(0, len(tokens), SCAN))
 
 
 def _samples(path: Path) -> Iterator[bytes]:

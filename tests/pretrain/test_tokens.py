@@ -131,3 +131,12 @@ def test_without_a_tokenizer_nothing_is_guessed(tmp_path):
 @pytest.mark.parametrize("size, dtype", [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (100278, "uint32")])
 def test_the_smallest_type_holds_the_vocabulary(size, dtype):
     assert dtype_for(size) == dtype
+
+
+def test_one_end_in_a_long_file_is_found_where_no_sample_looks(tmp_path, tokenizer):
+    numbers = np.full(3_000_000, 5)
+    path = write(tmp_path / "long.npy", numbers)
+    with pytest.raises(TokenDataError, match="no end of text"):
+        read_mix(path, tokenizer=tokenizer)
+    numbers[1_000_003] = EOS
+    assert read_mix(write(path, numbers), tokenizer=tokenizer).tokens == 3_000_000
