@@ -31,6 +31,8 @@ _NAME = re.compile(
 )
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator takes
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -55,7 +57,7 @@ class _OneSentence(ModelMetaclass):
 class Frozen(BaseModel, metaclass=_OneSentence):
     """Base of all settings: immutable, and an unknown key is an error rather than a lost option."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Calibration(Frozen):
@@ -63,7 +65,7 @@ class Calibration(Frozen):
 
     num_examples: Annotated[int, Field(ge=1)] | None = None
     """The first N of a seeded permutation of the task's selection split; None takes all."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of that permutation, and of random selection."""
     num_shots: Annotated[int, Field(ge=0)] | None = None
     """Few-shot examples before each text; None takes the task's own number."""
@@ -104,7 +106,7 @@ class Training(Frozen):
     freeze: Literal["none", "routed", "routed_shared", "routed_shared_router"] = "none"
     checkpoints: Annotated[int, Field(ge=1)] = 1
     """Evenly spaced checkpoints after training starts; checkpoint-0, the pruned model, always exists."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     packing: bool = False
     lora: Lora | None = None
     file: str | None = None
@@ -122,7 +124,7 @@ class Training(Frozen):
     @field_validator("learning_rate")
     @classmethod
     def _readable_rate(cls, value: str) -> str:
-        if not re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", value) or float(value) <= 0:
+        if not re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", value) or not 0 < float(value) < float("inf"):
             raise ValueError(f"learning rate {value!r} is not a positive number such as 5e-5")
         return value
 
@@ -160,6 +162,13 @@ class Execution(Frozen):
     """Draw pictures of what was measured, beside it."""
     master_weights: bool = True
     """Finetuning in bfloat16 keeps float32 weights and casts them for each product; False trains bfloat16 weights."""
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _readable_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
 
 
 class RunSpec(Frozen):
@@ -428,11 +437,18 @@ def _non_defaults(part: BaseModel) -> dict[str, Any]:
     return part.model_dump(mode="json", exclude_defaults=True)
 
 
+def parse_bytes(text: str) -> int:
+    """`8GB`, `512MiB` or a plain number of bytes. Raises `SpecError` for anything else."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if match is None or match[2] not in _UNITS or len(match[1]) > 30:
+        raise SpecError(f"{text!r} is not a size; write for example 8GB or 512MiB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
 def _share_of(text: str, num_experts: int) -> int:
-    try:
-        exact = Fraction(text[:-1]) * num_experts / 100
-    except ValueError:
-        raise KeepKError(f"keep-k {text!r} is not a percentage such as 12.5%.") from None
+    if not re.fullmatch(r"[0-9]{1,30}(\.[0-9]{1,30})?%", text):
+        raise KeepKError(f"keep-k {text!r} is not a percentage such as 12.5%.")
+    exact = Fraction(text[:-1]) * num_experts / 100
     kept = round(exact)
     if kept < 1 or kept > num_experts:
         raise KeepKError(f"keep-k {text} of {num_experts} experts is {float(exact):g}; choose 1 to {num_experts}.")

@@ -12,6 +12,7 @@ a crash so that the stage that writes it can continue.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -19,10 +20,10 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from emo_select import textfile
 from emo_select.errors import CheckpointError, DiskSpaceError, LockedError, TextError
@@ -32,6 +33,7 @@ from emo_select.spec import RunSpec, parse_directory_name
 
 DEFAULT_ROOT = "selective_evals_final"
 SWEEPS = ".sweeps"
+WORKING = (".partial", ".old", ".key")  # ends of the names of what is under way
 ROOT_VARIABLE = "EMO_SELECT_OUTPUT_DIR"
 CACHE_VARIABLE = "EMO_SELECT_CACHE_DIR"
 
@@ -227,15 +229,42 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file by rename: after a crash it holds the old content, the new content or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with at(path), _growing(partial_directory(path)) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        partial_directory(path).replace(path)
+
+
+@contextmanager
+def _growing(partial: Path) -> Iterator[BinaryIO]:
+    """The file that `write_bytes` renames, empty and locked.
+
+    Every writer takes the same name, so that what a killed one left is used up by the next; the lock, which the kernel
+    holds as long as the process, keeps two of them apart.
+    """
+    while True:
+        file = partial.open("ab")
+        with suppress(OSError):  # a disk that knows no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if _is_at(file, partial):
+            break
+        file.close()  # the writer before this one has renamed it meanwhile
     try:
-        with at(path), partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
+        file.truncate(0)
+        yield file
+    except BaseException:
         partial.unlink(missing_ok=True)
+        raise
+    finally:
+        file.close()
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -264,12 +293,35 @@ def staged_directory(final: Path, key: str, what: str = OUTPUT, sources: Sequenc
     partial, key_file = partial_directory(final), final.with_name(f".{final.name}.key")
     final.parent.mkdir(parents=True, exist_ok=True)
     if not key_file.exists() or key_file.read_bytes() != key.encode():
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
         write_bytes(key_file, key.encode())
     partial.mkdir(exist_ok=True)
     yield partial
     publish(partial, final, what)
     key_file.unlink(missing_ok=True)
+
+
+def is_unfinished(final: Path) -> bool:
+    """Whether `staged_directory` was interrupted before it had done all about `final`, which may be there already."""
+    return final.with_name(f".{final.name}.key").exists()
+
+
+def drop_unfinished(final: Path) -> None:
+    """Remove what an interrupted `staged_directory` or `publish` of `final` left beside it."""
+    discard(partial_directory(final))
+    for left in leftovers(final.parent, final.name):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path, name: str = "") -> list[Path]:
+    """Working files and directories of interrupted commands in `folder`: all, or those for what is called `name`."""
+    if not folder.is_dir():
+        return []
+    return [path for path in sorted(folder.iterdir())
+            if path.name.startswith((f".{name}.", f"..{name}.") if name else ".") and path.suffix in WORKING]
 
 
 def partial_directory(final: Path) -> Path:
@@ -284,7 +336,7 @@ def publish(ready: Path, final: Path, what: str = OUTPUT) -> None:
     for path in ready.rglob("*"):
         if path.is_file():
             _flush(path)
-    old = final.with_name(f".{final.name}.old")
+    old = _doomed(final)
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
@@ -297,10 +349,21 @@ def remove_directory(path: Path) -> None:
     """Delete a directory of ours so that a reader sees it whole or not at all."""
     if path.exists():
         require_replaceable(path)
-        doomed = path.with_name(f".{path.name}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
+    discard(path)
+
+
+def discard(path: Path) -> None:
+    """Delete a working directory by renaming it first, so that nobody meets half of it, and what a kill left of one."""
+    doomed = _doomed(path)
+    shutil.rmtree(doomed, ignore_errors=True)
+    if path.is_dir():
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _doomed(path: Path) -> Path:
+    """The name of a directory that is about to be deleted; whatever has it may go."""
+    return path.with_name(f".{path.name.lstrip('.')}.old")
 
 
 def link_tree(source: Path, target: Path) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from emo_select.checkpoint.fingerprint import Content, content_of
 from emo_select.checkpoint.header import DTYPES, TensorInfo, read_header, read_weight_map
 from emo_select.checkpoint.sources import resolve
+from emo_select.checkpoint.values import check_values
 from emo_select.errors import CheckpointError
 from emo_select.textfile import read_json_object
 
@@ -47,7 +48,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.exists():
         raise CheckpointError(f"{directory} has no config.json, so it is not a checkpoint.")
-    return read_json_object(path, CheckpointError)
+    config = read_json_object(path, CheckpointError)
+    check_values(config)
+    return config
 
 
 class Checkpoint:

@@ -152,8 +152,9 @@ def merge_back(
     from emo_select.errors import SpecError
     from emo_select.finetune.merge import MergeOptions
     from emo_select.finetune.merge import merge_back as merge
+    from emo_select.tree import is_unfinished
 
-    if out.exists() and not force:
+    if out.exists() and not (force or is_unfinished(out)):
         raise SpecError(f"{out} is already there; pass --force to replace it, or choose another with --out.")
     options = MergeOptions(router=router, shared=shared, rest=rest, average=average, dtype=dtype)
     record = merge(child, common.models([into], revision)[0], out, options)

@@ -50,6 +50,7 @@ def prune(
     from emo_select.errors import SpecError
     from emo_select.experts.keepset import KeepSet
     from emo_select.experts.prune import prune_checkpoint
+    from emo_select.tree import is_unfinished
 
     path = selection / "selection.json" if selection.is_dir() else selection
     keep_set = KeepSet.load(path)
@@ -57,7 +58,7 @@ def prune(
         raise SpecError(f"{path} does not say which model it is for; name it with --model.")
     [source] = common.models([model or str(keep_set.model)], revision)
     target = out or path.parent / "selected_model"
-    if target.exists() and not (force or dry_run):
+    if target.exists() and not (force or dry_run or is_unfinished(target)):
         raise SpecError(f"{target} is already there; pass --force to replace it, or choose another with --out.")
     summary = _planned(source, keep_set, dtype, allow_nonuniform)
     if not dry_run:

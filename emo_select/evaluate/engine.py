@@ -8,7 +8,7 @@ to `HFLM` itself.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 
 from emo_select import progress
+from emo_select.errors import ModelError
 from emo_select.evaluate import support
 from emo_select.evaluate.answering import Answering
 from emo_select.evaluate.generation import GreedyDecoder, Stops
@@ -64,6 +65,7 @@ class SharedPrefixLM(Answering, HFLM):
 
     def _score(self, requests: Sequence[Instance]) -> Iterator[tuple[int, Score]]:
         encoded = self.encode_pairs([request.args for request in requests])
+        self._require_known(ids for _, *both in encoded for ids in both)
         scored = self._stock_scores if self.stock_reason else self._packed_scores
         filled = []  # an answer without a token says nothing: its log-likelihood is 0
         for index, (_, context, continuation) in enumerate(encoded):
@@ -114,6 +116,14 @@ class SharedPrefixLM(Answering, HFLM):
                 encoded.append((pair, *self._encode_without_context(rest)))
         return encoded
 
+    def _require_known(self, texts: Iterable[Sequence[int]]) -> None:
+        """Raise `ModelError`, before anything is scored, for a token that the model has no embedding of."""
+        highest = max((max(ids) for ids in texts if len(ids)), default=-1)
+        known = self.model.get_input_embeddings().num_embeddings
+        if highest >= known:
+            raise ModelError(f"The questions have token {highest} and the model has {known} tokens: the tokenizer "
+                             "belongs to another model; copy the right one beside the weights.")
+
     def _encode_without_context(self, continuation: str) -> tuple[list[int], list[int]]:
         tokens = self.tok_encode(continuation, add_special_tokens=False)
         if tokens and tokens[0] == self.prefix_token_id:
@@ -156,6 +166,7 @@ class SharedPrefixLM(Answering, HFLM):
         limit = self.max_length - options["max_gen_toks"]
         texts = self._tokenise({request.args[0] for request in requests})
         prompts = [texts[request.args[0]] or [self.prefix_token_id] for request in requests]
+        self._require_known(prompts)
         stops, finish = self._stops(options)
         decoder = self.decoder
         for cut in (False, True):  # cut prompts have lost the prefix that the others share

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from emo_select import progress
 from emo_select.checkpoint import open_checkpoint
-from emo_select.errors import SpecError, UsageError
+from emo_select.errors import ModelError, SpecError, UsageError
 from emo_select.evaluate import parallel
 from emo_select.evaluate.options import EvalOptions
 from emo_select.evaluate.responses import ResponseStore
@@ -169,6 +169,9 @@ def load_engine(model: str, options: EvalOptions) -> SharedPrefixLM:
     from emo_select.models import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(base, trust_remote_code=options.trust_remote_code)
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(f"The tokenizer of {model} has neither a bos_token nor an eos_token, one of which a score "
+                         "begins with; set it in tokenizer_config.json.")
     weights: Any = load_model(base, dtype=options.precision, device=options.device_map or _device(options.device),
                               trust_remote_code=options.trust_remote_code)
     if adapter:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emo_select.errors import SpecError
+from emo_select.spec import parse_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,9 @@ class StreamOptions:
     memory_budget: str | int | None = None
     token_budget: int | None = None
     scratch: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.budget_bytes()  # a wrong size is said before anything is read
 
     def torch_device(self) -> torch.device:
         """The device to compute on; SpecError if it does not exist."""
@@ -65,8 +69,6 @@ class StreamOptions:
 
     def budget_bytes(self) -> int | None:
         """`memory_budget` as a number."""
-        from emo_select.experts.states import parse_bytes
-
         return parse_bytes(self.memory_budget) if isinstance(self.memory_budget, str) else self.memory_budget
 
 

@@ -37,10 +37,10 @@ from emo_select.models.families import (
     Family,
     Role,
     always_active_per_layer,
-    check_layout,
     experts_per_layer,
     family_of,
 )
+from emo_select.models.preflight import check_weights
 from emo_select.ownership import PRUNED, require_replaceable
 from emo_select.progress import say, track
 from emo_select.tree import link_or_copy, require_space, staged_directory, write_bytes
@@ -128,7 +128,8 @@ def plan_prune(checkpoint: Checkpoint, keep_set: KeepSet, *, dtype: str | None =
 
     `dtype` is a safetensors name. Raises what `prune_checkpoint` raises before writing, except for disk space.
     """
-    family = check_layout(checkpoint)
+    check_weights(checkpoint)
+    family = family_of(checkpoint.config)
     check_keep_set(checkpoint.config, keep_set)
     _check_uniform(checkpoint, family, keep_set, allow_nonuniform)
     counts = experts_per_layer(checkpoint.config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from torch import Tensor
 from emo_select.experts.states import HiddenStates
 from emo_select.experts.team import Team
 from emo_select.ownership import STATISTICS
-from emo_select.tree import partial_directory, read_json, staged_directory, write_bytes, write_json
+from emo_select.tree import discard, partial_directory, read_json, staged_directory, write_bytes, write_json
 
 SHARE, GRACE_S = 0.1, 2.0  # snapshots may take this share of the time, and this much in any case
 
@@ -45,9 +44,18 @@ class Snapshots:
     def latest(self) -> Snapshot | None:
         """The last layer that every process has a snapshot of."""
         found = {int(path.stem): path for path in self.folder.glob("*.json")} if self.folder else {}
-        found = {layer: path for layer, path in found.items() if read_json(path)["key"] == self.key}
+        found = {layer: path for layer, path in found.items() if self._is_whole(read_json(path), path)}
         layer = self.team.least(max(found, default=-1))
         return self._load(found[layer]) if layer in found else None
+
+    def _is_whole(self, record: Mapping[str, Any], path: Path) -> bool:
+        """Whether a snapshot is of this pass and has all its files."""
+        return record["key"] == self.key and all(file.exists() for file in self._files(record, path))
+
+    @staticmethod
+    def _files(record: Mapping[str, Any], path: Path) -> list[Path]:
+        hidden = [path.with_name(f"{path.stem}-{number}.bin") for number in range(record["hidden"])]
+        return [path.with_suffix(".safetensors"), *hidden]
 
     def save(self, layer: int, data: Mapping[str, Any], tensors: Mapping[str, Tensor],
              hidden: Sequence[HiddenStates]) -> None:
@@ -76,9 +84,9 @@ class Snapshots:
     def _load(self, path: Path) -> Snapshot:
         from safetensors.torch import load_file
 
-        record, layer = read_json(path), int(path.stem)
-        hidden = [path.with_name(f"{layer}-{number}.bin") for number in range(record["hidden"])]
-        return Snapshot(layer, record["data"], load_file(path.with_suffix(".safetensors")), hidden)
+        record = read_json(path)
+        weights, *hidden = self._files(record, path)
+        return Snapshot(int(path.stem), record["data"], load_file(weights), hidden)
 
 
 @contextmanager
@@ -93,5 +101,8 @@ def shared_stage(final: Path, key: str, team: Team) -> Iterator[Path]:
         team.wait()
         yield folder
         team.wait()
-        for path in folder.glob("resume-*"):
-            shutil.rmtree(path)
+        for path in folder.glob("resume-*"):  # out of what is published, before a kill can leave half of it there
+            aside = final.with_name(f"{final.name}.{path.name}")
+            discard(aside)
+            path.rename(aside.with_name(f".{aside.name}.old"))
+            discard(aside)

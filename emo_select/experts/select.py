@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,10 @@ from emo_select.experts.methods import ONE_PASS, select_from_scores, select_rand
 from emo_select.experts.options import StreamOptions
 from emo_select.experts.rules import KeepK, resolve_keep_k
 from emo_select.experts.scores import criterion
+from emo_select.faults import translated
 from emo_select.models.families import experts_per_layer
 from emo_select.spec import METHODS, Calibration, Frozen, keep_ks_in, listed, parse_keep_k
+from emo_select.tree import discard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,6 +63,7 @@ class Selection(Frozen):
         return list(dict.fromkeys(parse_keep_k(one, total) if isinstance(one, str) else one for one in self.keep_k))
 
 
+@translated()
 @keywords_checked
 def select_experts(model: str | PreTrainedModel, wanted: Selection, *, tokenizer: PreTrainedTokenizerBase | None = None,
                    out_dir: Path | None = None, options: StreamOptions | None = None, data_dir: str | None = None
@@ -144,7 +146,7 @@ def _calibrated(model: str, tokenizer: PreTrainedTokenizerBase, checkpoint: Chec
                                  num_shared=wanted.num_shared, score=wanted.score, options=options, work_dir=work_dir,
                                  about=about)
         if work_dir:  # every process has what it needs of it by now
-            shutil.rmtree(work_dir, ignore_errors=True)
+            discard(work_dir)
         return found
     activations = out_dir / "activations" if out_dir else None
     scores = collect_activations(checkpoint, texts.token_ids, texts.groups, activations, options)

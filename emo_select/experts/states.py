@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -11,26 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emo_select.errors import SpecError
 from emo_select.experts.batches import Batch
 from emo_select.faults import at as located
 from emo_select.tree import require_space
 
-_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 COPY_BYTES = 64 << 20
-
-
-def parse_bytes(text: str) -> int:
-    """`8GB`, `512MiB` or a plain number of bytes.
-
-    Raises:
-        SpecError: anything else.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?)B?\s*", text.upper())
-    try:
-        return int(float(match[1]) * _UNITS[match[2]]) if match else _bad_size(text)
-    except (KeyError, ValueError):
-        return _bad_size(text)
 
 
 class Budget:
@@ -184,7 +168,3 @@ class InFile(HiddenStates):
 
 def _raw(values: Tensor) -> memoryview:
     return memoryview(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _bad_size(text: str) -> int:
-    raise SpecError(f"{text!r} is not a size; write for example 8GB or 512MiB.")

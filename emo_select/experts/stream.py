@@ -34,7 +34,6 @@ from emo_select.experts.prune import pruned_config
 from emo_select.models.families import (
     ParameterSource,
     always_active_per_layer,
-    check_layout,
     expert_parameters,
     experts_per_layer,
     family_of,
@@ -43,6 +42,7 @@ from emo_select.models.families import (
     read_parameter,
     shared_per_layer,
 )
+from emo_select.models.preflight import check_weights
 from emo_select.models.startup import import_models
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -69,7 +69,8 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        self.family = check_layout(checkpoint)
+        check_weights(checkpoint)
+        self.family = family_of(checkpoint.config)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._ahead: dict[tuple[str, int], Future[Any]] = {}
         self._spare: dict[str, Tensor] = {}

@@ -7,7 +7,6 @@ shared experts' part of `lora_B`, which starts at zero, is held there unless the
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +122,6 @@ def expert_adapters(model: PeftModel, module: str) -> list[str]:
 
 def save_adapter(model: PeftModel, tensors: dict[str, Any], folder: Path, source: Path) -> None:
     """Write the adapter in peft's layout, pointing at `source` as its base model."""
-    shutil.rmtree(folder, ignore_errors=True)
     model.peft_config["default"].base_model_name_or_path = str(source)
     model.save_pretrained(str(folder), state_dict=tensors, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's blank model card

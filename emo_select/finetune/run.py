@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,9 +17,13 @@ from emo_select.finetune.freezing import require_experts
 from emo_select.finetune.job import JOB, Job, job_key
 from emo_select.finetune.lora import lora_targets
 from emo_select.finetune.worker import HISTORY, launch, train
+from emo_select.models.preflight import check_weights
 from emo_select.ownership import FINETUNED, require_replaceable
 from emo_select.progress import say
 from emo_select.tree import (
+    discard,
+    drop_unfinished,
+    leftovers,
     link_tree,
     numbered_checkpoints,
     partial_directory,
@@ -125,6 +128,8 @@ def finetune_tokens(
     done = _completed(job)
     _wait_for_everyone(job.device)
     if done is not None:
+        if _is_main_process():
+            _tidy(job)
         return done
     if _is_main_process():
         _prepare(job, tokens, replace=replace)
@@ -145,6 +150,7 @@ def _checked_job(
     device = recipe.require_machine(execution)
     world = int(os.environ.get("WORLD_SIZE", "0")) or execution.num_gpus or 1
     with open_checkpoint(model_dir) as checkpoint:
+        check_weights(checkpoint)
         require_trainable(checkpoint, training)
         _require_vocabulary(checkpoint, tokens)
         require_space(out_dir, checkpoint.total_bytes * (training.checkpoints + 3), "Finetuning")
@@ -199,7 +205,7 @@ def _prepare(job: Job, tokens: TokenSet, *, replace: bool) -> None:
             require_replaceable(path, job.model, what=FINETUNED)
         for path in old:
             remove_directory(path)
-        shutil.rmtree(job.folder, ignore_errors=True)
+        discard(job.folder)
     (job.out / REPORT).unlink(missing_ok=True)
     job.write(tokens)
     _link_start(job.model, job.out / "checkpoint-0")
@@ -210,7 +216,7 @@ def _link_start(source: Path, final: Path) -> None:
     if final.exists():
         return
     partial = partial_directory(final)
-    shutil.rmtree(partial, ignore_errors=True)
+    discard(partial)
     link_tree(source, partial)
     publish(partial, final, FINETUNED)
 
@@ -251,7 +257,14 @@ def _report(job: Job, tokens: TokenSet) -> None:
         history=history,
     )
     write_json(job.out / REPORT, asdict(report))
-    shutil.rmtree(job.folder, ignore_errors=True)
+    _tidy(job)
+
+
+def _tidy(job: Job) -> None:
+    """Remove what only an unfinished training needs."""
+    discard(job.folder)
+    for left in leftovers(job.out):
+        drop_unfinished(left.with_name(left.stem.lstrip(".")))
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -21,7 +21,7 @@ from emo_select.finetune.recipe import checkpoint_steps
 from emo_select.models.adapters import merge_adapter
 from emo_select.ownership import FINETUNED
 from emo_select.progress import Bar
-from emo_select.tree import partial_directory, publish
+from emo_select.tree import discard, partial_directory, publish
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -110,7 +110,7 @@ def write_checkpoint(model: PreTrainedModel, tensors: Mapping[str, Tensor], sour
                      describe: Describe) -> None:
     """Publish `tensors` (named as in memory) in the layout and dtypes of `source`, with its other files unchanged."""
     partial = partial_directory(final)
-    shutil.rmtree(partial, ignore_errors=True)
+    discard(partial)
     partial.mkdir(parents=True)
     _write_tensors(model, tensors, source, partial)
     copy_companions(source, partial)
@@ -138,7 +138,7 @@ def write_adapter(model: PeftModel, tensors: dict[str, Tensor], source: Path, fi
     from emo_select.models import load_model
 
     partial = partial_directory(final)
-    shutil.rmtree(partial, ignore_errors=True)
+    discard(partial)
     adapter = partial / "adapter" if merge else partial
     adapter.mkdir(parents=True)
     save_adapter(model, tensors, adapter, source)

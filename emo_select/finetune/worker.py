@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from emo_select.errors import EmoSelectError
 from emo_select.finetune.job import Job
 from emo_select.models.families import family_of, is_moe
 from emo_select.progress import Bar, configure, track
-from emo_select.tree import numbered_checkpoints, partial_directory, publish, read_json, write_json
+from emo_select.tree import discard, numbered_checkpoints, partial_directory, publish, read_json, write_json
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -165,7 +164,7 @@ def _write_state(job: Job, trainer: RecipeTrainer) -> None:
     """Replace the training state on disk by the present one; a crash leaves the older."""
     partial = partial_directory(job.state)
     if trainer.is_world_process_zero():
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
     trainer.accelerator.wait_for_everyone()
     trainer.save_training_state(partial)
     trainer.accelerator.wait_for_everyone()

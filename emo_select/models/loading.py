@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +12,16 @@ from emo_select.checkpoint import Checkpoint, open_checkpoint, resolve
 from emo_select.errors import CheckpointError, ModelError
 from emo_select.faults import translated
 from emo_select.models.config import EmoConfig, Olmo2NoQKNormPrenormConfig
+from emo_select.models.files import require_tokenizer
+from emo_select.models.preflight import check_weights
 from emo_select.models.registration import register
 from emo_select.models.startup import import_models
 from emo_select.progress import say, track
-from emo_select.textfile import read_json_object, require_file
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# Any of them holds a vocabulary; the rest of a tokenizer's files are settings.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.spm", "*.tiktoken",
-                   "spiece.model", "sentencepiece*.model", "tekken.json")
 SHOWN = 3  # tensors named in an error; the rest is counted
 
 
@@ -53,6 +50,7 @@ def load_model(
     """
     register()
     with open_checkpoint(source) as checkpoint:
+        check_weights(checkpoint)
         config = load_config(checkpoint, trust_remote_code=trust_remote_code)
         import_models()
         if isinstance(config, EmoConfig | Olmo2NoQKNormPrenormConfig):
@@ -114,28 +112,12 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
 
     register()
     directory = resolve(source)
-    _require_tokenizer_files(directory, trust_remote_code)
+    require_tokenizer(directory, trust_remote_code=trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare exceptions for a damaged file
         raise ModelError(f"{directory} has no tokenizer that can be loaded ({_sentence(error)}); copy the tokenizer "
                          "files of the original model into it.") from error
-
-
-def _require_tokenizer_files(directory: Path, trust_remote_code: bool) -> None:
-    """For some architectures transformers invents an empty tokenizer where there is none, and scores would be noise."""
-    present = {path.name for path in directory.iterdir() if any(path.match(name) for name in TOKENIZER_FILES)}
-    for name in ("config.json", "tokenizer_config.json", *present):
-        if (directory / name).exists():
-            require_file(directory / name, ModelError)
-    if present or trust_remote_code:
-        return
-    settings = directory / "tokenizer_config.json"
-    if settings.exists() and read_json_object(settings, ModelError).get("auto_map"):
-        raise ModelError(f"The tokenizer of {directory} is code of its own; pass trust_remote_code=True "
-                         "(--trust-remote-code) if you trust that code.")
-    raise ModelError(f"{directory} has no tokenizer files ({', '.join(TOKENIZER_FILES)}); copy those of the original "
-                     "model into it.")
 
 
 def _load_weights(

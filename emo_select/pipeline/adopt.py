@@ -5,7 +5,6 @@ Such are runs that differ only in how they are evaluated, and those of several m
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from emo_select.pipeline.plan import downstream, evaluated_steps
 from emo_select.pipeline.runs import Run, checkpoint_fingerprint
 from emo_select.record import State
 from emo_select.spec import Calibration, Evaluation, RunSpec
-from emo_select.tree import RunPaths, exclusive, link_or_copy, link_tree, partial_directory, publish
+from emo_select.tree import RunPaths, discard, exclusive, link_or_copy, link_tree, partial_directory, publish
 
 SHAREABLE = ("select", "prune", "finetune")
 _WHAT = {"prune": PRUNED, "finetune": FINETUNED}
@@ -78,6 +77,6 @@ def _link(source: Path, final: Path, what: str) -> None:
         partial.replace(final)
         return
     partial = partial_directory(final)
-    shutil.rmtree(partial, ignore_errors=True)
+    discard(partial)
     link_tree(source, partial)
     publish(partial, final, what)

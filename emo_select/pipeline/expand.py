@@ -63,10 +63,17 @@ def expand(wanted: Wanted, tree: Tree, execution: Execution, *, download: bool =
 
 def _opened(model: str, data_dir: str | None, *, download: bool) -> Checkpoint:
     from emo_select.checkpoint import open_checkpoint
+    from emo_select.models.files import require_tokenizer
+    from emo_select.models.preflight import check_weights
     from emo_select.models.shapes import open_or_outline
 
     found = None if download else open_or_outline(model, data_dir)
-    return found or open_checkpoint(model, data_dir=data_dir, download=download)
+    if found is None:
+        found = open_checkpoint(model, data_dir=data_dir, download=download)
+    if found.has_weights:
+        check_weights(found)
+        require_tokenizer(found.directory)
+    return found
 
 
 def _check_machine(execution: Execution, training: Training) -> None:

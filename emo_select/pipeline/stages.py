@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from emo_select import progress, record
 from emo_select.checkpoint.card import add_scores
-from emo_select.errors import EmoSelectError
+from emo_select.errors import EmoSelectError, LockedError
 from emo_select.faults import require_writable, translated
 from emo_select.pipeline import runfile
 from emo_select.pipeline.adopt import adopt, twin_key
@@ -20,7 +19,7 @@ from emo_select.pipeline.plan import Action, Step, downstream, evaluated_steps, 
 from emo_select.pipeline.runs import Run, checkpoint_fingerprint
 from emo_select.record import Measurement, RunRecord
 from emo_select.spec import Evaluation, Training
-from emo_select.tree import exclusive
+from emo_select.tree import discard, drop_unfinished, exclusive, leftovers
 
 if TYPE_CHECKING:
     from emo_select.evaluate import EvalOptions
@@ -53,6 +52,8 @@ def execute_all(planned: Sequence[Planned]) -> list[tuple[Run, EmoSelectError]]:
             work = partial(execute, run, steps) if other is run else partial(follow, run, other, steps)
             failed += _attempt([run], work)
             bar.advance()
+    for run, _ in planned:
+        tidy(run)
     return failed
 
 
@@ -82,6 +83,37 @@ def execute(run: Run, steps: Sequence[Step]) -> None:
             if step.action is Action.RUN:
                 with translated(f"The stage {step.stage} stopped", run.paths.directory):
                     _WORK[step.stage](run)
+        _tidy(run)
+
+
+def _tidy(run: Run) -> None:
+    """Remove what killed commands left of stages that are done; what others can go on with stays."""
+    done, paths = record.load(run.paths), run.paths
+    outputs = {"select": [paths.selection], "prune": [paths.selected_model],
+               "finetune": [path for folder in (paths.finetuned_model, paths.results) for path in _hidden(folder)]}
+    for stage, finals in outputs.items():
+        if finals and record.state(paths, done, stage, partial(run.fingerprint, stage))[0] is record.State.DONE:
+            for final in finals:
+                drop_unfinished(final)
+            if stage == "select":
+                discard(paths.selection_work)
+
+
+def _hidden(folder: Path) -> list[Path]:
+    """What the leftovers in a folder were to become."""
+    return [left.with_name(left.stem.lstrip(".")) for left in leftovers(folder)]
+
+
+def tidy(run: Run) -> None:
+    """`_tidy` for a run without work, unless somebody works on it; and the statistics that it uses."""
+    if leftovers(run.paths.directory) or _hidden(run.paths.finetuned_model) or _hidden(run.paths.results):
+        with suppress(LockedError), exclusive(run.paths.lock):
+            _tidy(run)
+    final = run.tree.activations(run.spec)
+    if leftovers(final.parent, final.name):
+        with suppress(LockedError), exclusive(run.tree.activations_lock(run.spec)):
+            if record.activations_fingerprint(run.tree.activations_record(run.spec)) == run.fingerprint("activations"):
+                drop_unfinished(final)
 
 
 @contextmanager
@@ -156,7 +188,7 @@ def select_together(runs: Sequence[Run]) -> None:
             share = replace(measured, notes={**measured.notes, "shared_by": len(runs)},
                             seconds=measured.seconds / len(runs))
             _store_selection(run, chosen[run.spec.keep_k], share)
-        shutil.rmtree(runs[0].paths.selection_work, ignore_errors=True)
+        discard(runs[0].paths.selection_work)
 
 
 def _activations(run: Run) -> None:
@@ -194,7 +226,7 @@ def _select(run: Run) -> None:
     with record.measured() as measured:
         keep_set = _choose(run, measured)
     _store_selection(run, keep_set, measured)
-    shutil.rmtree(run.paths.selection_work, ignore_errors=True)
+    discard(run.paths.selection_work)
 
 
 def _choose(run: Run, measured: Measurement) -> KeepSet:
@@ -266,7 +298,7 @@ def _drop_old_results(run: Run) -> None:
     """Results of checkpoints that no longer exist would be read as those of the new training."""
     steps = run.paths.checkpoint_steps()
     for old in set(run.paths.result_steps()) - {0, *steps}:
-        shutil.rmtree(run.paths.result(old))
+        discard(run.paths.result(old))
 
 
 def _evaluate(run: Run) -> None:

@@ -84,7 +84,8 @@ class Control:
         self.tree.require_writable()
         with exclusive(self.paths.lock):
             self._take_back_orphans()
-            standings = _released(self.watch.look())
+            self.watch.needs_queue = self.submission.profile.executor == "slurm"
+            standings = _without_forsaken(_released(self.watch.look()))
             chosen = self.chosen(standings, again=again)
             self._check_disk(chosen)
             self._take_names()
@@ -104,15 +105,30 @@ class Control:
         """
         stop_holder(self.paths.lock)
         arrays = store.arrays(self.paths)
-        live = slurm.queue() if arrays else {}
         mine = [array.job for array in arrays if array.job is not None]
+        try:
+            live = slurm.queue() if arrays else {}
+        except EmoSelectError:
+            if mine:
+                raise
+            live = {}  # Slurm has never taken anything of it
         jobs = [job for job in live if job.split("_")[0] in mine]
         slurm.cancel({job.split("_")[0] for job in jobs} | set(slurm.orphans(self.paths, live)))
         return len(jobs)
 
     def _take_back_orphans(self) -> None:
-        if any(array.job is None for array in store.arrays(self.paths)):
+        """Take back what a killed submitter handed in without noting its id, and forget its intentions."""
+        unknown = [array for array in store.arrays(self.paths) if array.job is None]
+        if not unknown:
+            return
+        try:
             slurm.cancel(slurm.orphans(self.paths, slurm.queue()))
+        except EmoSelectError:
+            if self.submission.profile.executor == "slurm":
+                raise
+            return  # a unit that is at work somewhere else is locked there
+        for array in unknown:
+            store.drop_array(self.paths, array)
 
     def _take_names(self) -> None:
         """So that units, which know only their own runs, find every model and task under the name it has here."""
@@ -144,6 +160,18 @@ def _released(standings: Sequence[Standing]) -> list[Standing]:
     held = [standing for standing in standings if standing.state is State.HELD]
     slurm.release(standing.job for standing in held if standing.job is not None)
     return [replace(standing, state=State.QUEUED) if standing in held else standing for standing in standings]
+
+
+def _without_forsaken(standings: Sequence[Standing]) -> list[Standing]:
+    """Take back what waits in the queue for a job that is not there any more, so that it can be handed in again."""
+    found: dict[str, Standing] = {}
+    for standing in standings:
+        gone = [need for need in standing.unit.needs if found[need].state not in (*HANDED_IN, State.DONE)]
+        lost = standing.state is State.WAITING and (gone or standing.reason)
+        found[standing.unit.name] = replace(standing, state=State.MISSING) if lost else standing
+    jobs = [old.job for old, new in zip(standings, found.values(), strict=True) if old is not new and old.job]
+    slurm.cancel(jobs)
+    return list(found.values())
 
 
 def _with_less_memory(job: Job, standing: Standing) -> Job:

@@ -56,7 +56,8 @@ def blocks(units: Mapping[str, Unit], array_size: int, max_parallel: int | None 
            live: Mapping[str, str] | None = None) -> list[Block]:
     """Arrange units that are to be done (by name, each after those it needs) into arrays.
 
-    Needs that are not among `units` are done already, or have a job in the queue: `live` gives its id.
+    Needs that are not among `units` are done already, or have a job in the queue: `live` gives the ids of all units'
+    jobs there, which count for `max_parallel`, too.
     """
     live = live or {}
     fetch = [unit for unit in units.values() if unit.kind == "fetch"]
@@ -76,7 +77,7 @@ def blocks(units: Mapping[str, Unit], array_size: int, max_parallel: int | None 
         for chunk in _chunks(chosen, array_size):
             jobs = {live[name] for unit in chunk for name in unit.needs if name in live}
             found.append(Block(chunk, gate, after_jobs=tuple(sorted(jobs))))
-    return _limited(found, max_parallel)
+    return _limited(found, max_parallel, sorted(set(live.values())))
 
 
 def submit(paths: SweepPaths, found: Sequence[Block], profile: Profile) -> list[Array]:
@@ -92,7 +93,11 @@ def submit(paths: SweepPaths, found: Sequence[Block], profile: Profile) -> list[
         array = Array(name=uuid.uuid4().hex, kind=block.kind, units=tuple(unit.name for unit in block.units), job=None,
                       submitted=time.time())
         store.save_array(paths, array)
-        job = _submit_block(paths, block, profile, array.name, done)
+        try:
+            job = _submit_block(paths, block, profile, array.name, done)
+        except EmoSelectError:
+            store.drop_array(paths, array)
+            raise
         done.append(array.model_copy(update={"job": job}))
         store.save_array(paths, done[-1])
     return done
@@ -142,6 +147,11 @@ class Queued:
     def held(self) -> bool:
         """Whether it waits until its user lets it go. What an administrator holds, no user can."""
         return "held" in self.reason.lower() and self.reason != "JobHeldAdmin"
+
+    @property
+    def forsaken(self) -> bool:
+        """Whether it waits for a job that was taken back, so that it can never start."""
+        return self.reason == "DependencyNeverSatisfied"
 
 
 def queue() -> dict[str, Queued]:
@@ -242,10 +252,18 @@ def _chunks(units: Sequence[Unit], size: int) -> Iterator[tuple[Unit, ...]]:
         yield tuple(units[start:start + size])
 
 
-def _limited(found: Sequence[Block], max_parallel: int | None) -> list[Block]:
-    """Share out `max_parallel`: arrays in as many lanes as may run side by side, one after the other in each lane."""
+def _limited(found: Sequence[Block], max_parallel: int | None, live: Sequence[str] = ()) -> list[Block]:
+    """Share out `max_parallel`: arrays in as many lanes as may run side by side, one after the other in each lane.
+
+    Jobs in the queue leave the new ones the rest of it; where there is none, these wait until those have ended.
+    """
     if max_parallel is None:
         return [replace(block, at_once=len(block.units)) for block in found]
+    if len(live) >= max_parallel:
+        return [block if block.after_any is not None else
+                replace(block, after_jobs=tuple(sorted({*block.after_jobs, *(job.split("_")[0] for job in live)})))
+                for block in _limited(found, max_parallel)]
+    max_parallel -= len(live)
     first = 1 if found and found[0].kind == "fetch" else 0  # runs alone, before all others
     lanes = min(max_parallel, max(1, len(found) - first))
     limited = list(found[:first])

@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from emo_select import progress
-from emo_select.errors import SpecError
+from emo_select.errors import KeepKError, SpecError
 from emo_select.names import Names, absolute
 from emo_select.spec import (
     Execution,
@@ -196,10 +196,13 @@ class Experts:
 
     def keep_k(self, model: str, value: int | str) -> int:
         """The number that `value` stands for. Raises `KeepKError` where the model would have to be known."""
-        if isinstance(value, int) or value.isdigit():
-            return int(value)
         total = self.of(model)
-        return keep_k_of(model, value) if total is None else parse_keep_k(value, total)
+        number = int(value) if isinstance(value, int) or value.isdigit() else None
+        if number is None:
+            return keep_k_of(model, str(value)) if total is None else parse_keep_k(str(value), total)
+        if total is not None and number > total:
+            raise KeepKError(f"keep_k {number} is more than the {total} experts per layer of {model}.")
+        return number
 
 
 class _Used:

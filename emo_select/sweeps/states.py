@@ -8,6 +8,8 @@ from enum import StrEnum
 from pathlib import Path
 from statistics import mean
 
+from emo_select.errors import EmoSelectError
+from emo_select.progress import say_once
 from emo_select.sweeps import slurm, store
 from emo_select.sweeps.bench import Bench, pending
 from emo_select.sweeps.graph import Unit
@@ -64,13 +66,15 @@ class Watch:
     paths: SweepPaths
     units: Sequence[Unit]
     bench: Bench
+    needs_queue: bool = False
+    """Whether units may be handed in, which must not be there twice."""
     _done: set[str] = field(default_factory=set)
 
     def look(self) -> list[Standing]:
         """The standing of every unit now: one query of the queue, and one of the accounting if jobs have vanished."""
         arrays, tries = store.arrays(self.paths), store.attempts(self.paths)
         jobs = _latest_jobs(arrays)
-        live = slurm.queue() if arrays else {}
+        live = self._queue(arrays)
         self._update_done(tries)
         vanished = [job for name, job in jobs.items() if name not in self._done and job not in live]
         how = slurm.ended(vanished)
@@ -79,6 +83,18 @@ class Watch:
             job = jobs.get(unit.name)
             found[unit.name] = self._standing(unit, tries.get(unit.name, ()), job, live, how, found)
         return list(found.values())
+
+    def _queue(self, arrays: Sequence[Array]) -> Mapping[str, slurm.Queued]:
+        """What Slurm has of the sweep. Where it cannot be asked and need not be, records alone have to do."""
+        if not arrays:
+            return {}
+        try:
+            return slurm.queue()
+        except EmoSelectError as error:
+            if self.needs_queue:
+                raise
+            say_once(f"What Slurm has in its queue is not known: {error}")
+            return {}
 
     def _update_done(self, tries: Mapping[str, Sequence[Attempt]]) -> None:
         """Units that have nothing left to do, by the pipeline's own plan. Later looks only ask about news."""
@@ -160,6 +176,8 @@ def _may_be_done(tries: Sequence[Attempt]) -> bool:
 def _in_queue(entry: slurm.Queued) -> tuple[State, str]:
     if entry.running:
         return State.RUNNING, f"{entry.time_left} of its time left"
+    if entry.forsaken:
+        return State.WAITING, "for a job that was taken back"
     if entry.reason == "Dependency":
         return State.WAITING, ""
     if entry.held:

@@ -147,6 +147,11 @@ def save_array(paths: SweepPaths, array: Array) -> None:
     write_json(paths.array(array.name), array.model_dump(mode="json"))
 
 
+def drop_array(paths: SweepPaths, array: Array) -> None:
+    """Forget an array that Slurm has refused."""
+    paths.array(array.name).unlink(missing_ok=True)
+
+
 def arrays(paths: SweepPaths) -> list[Array]:
     """Everything handed to Slurm, oldest first."""
     found = [checked(Array, read_json(file)) for file in paths.arrays.glob("*.json")]

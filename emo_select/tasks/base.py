@@ -10,6 +10,9 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date, time
+from decimal import Decimal
+from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from emo_select.errors import TaskError, UnknownNameError
@@ -115,6 +118,15 @@ def one_to_one(row: Row) -> Sequence[Row]:
     return [row]
 
 
+def _plain_id(found: Any) -> Any:
+    """An id as result files can hold it: dates and decimals as text. Raises `TaskError` for what is no id."""
+    if isinstance(found, date | time | Decimal):
+        return str(found)
+    if found is None or isinstance(found, str | int) or (isinstance(found, float) and isfinite(found)):
+        return found
+    raise TaskError(f"the id {str(found)[:40]!r} ({type(found).__name__}) is neither a text nor a number")
+
+
 @dataclass(eq=False, kw_only=True)
 class Task(ABC):
     """One task.
@@ -209,7 +221,7 @@ class Task(ABC):
     def document(self, row: Row, index: int, split: str) -> Doc:
         """The document of one row. Raises `TaskError` naming the row and the field."""
         try:
-            doc = {"native_id": self.native_id(row, index), "group": self.group_of(row), **self.read(row)}
+            doc = {"native_id": _plain_id(self.native_id(row, index)), "group": self.group_of(row), **self.read(row)}
             self.check(doc)
         except (TaskError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             where = row.get(PLACE, f"{split} row {index + 1}")

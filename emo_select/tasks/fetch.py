@@ -6,7 +6,6 @@ file in its place is complete. Running again fetches what is missing.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -19,7 +18,7 @@ from emo_select.tasks.base import Task
 from emo_select.tasks.hub import HubFile, HubUnreachable, hub_clauses, list_files
 from emo_select.tasks.registry import get_tasks
 from emo_select.tasks.sources import HubRows
-from emo_select.tree import require_space
+from emo_select.tree import discard, require_space
 
 PARTIAL = ".partial"  # where downloads grow before they are moved
 
@@ -120,7 +119,7 @@ def carry_out(plan: Plan) -> None:
             except HubUnreachable as error:
                 raise DataMissingError(f"Stopped at {file.target}: {error}; run the same command to go on.") from error
             bar.advance(file.size, note=file.target)
-    shutil.rmtree(plan.folder / PARTIAL, ignore_errors=True)
+    discard(plan.folder / PARTIAL)
 
 
 def _download(file: HubFile, folder: Path) -> None:

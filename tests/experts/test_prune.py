@@ -29,6 +29,7 @@ from emo_select.errors import (
     ModelError,
     NumericError,
     SpecError,
+    StorageError,
 )
 from emo_select.experts.keepset import KeepSet, check_keep_k, expert_mask, keep_everything
 from emo_select.experts.prune import parse_size, plan_prune, prune_checkpoint
@@ -214,7 +215,7 @@ def test_a_crash_keeps_finished_shards_and_the_result_is_the_same(source: Path, 
         try:
             prune_checkpoint(source, some, tmp_path / "resumed", max_shard_size="20KB")
             break
-        except OSError:
+        except StorageError:
             total += budget[0]
             assert not (tmp_path / "resumed").exists()
     assert 0 < calls[0] < len(plan_prune(open_checkpoint(source), some).copies)  # the last call did only the rest
@@ -227,7 +228,7 @@ def test_another_keep_set_never_continues_the_old_one(source: Path, some: KeepSe
     other = some.model_copy(update={"experts": ((1, 3, 4, 5, 9, 15), *some.experts[1:])})
     with monkeypatch.context() as patch:
         patch.setattr("emo_select.experts.prune.pruning_metadata", lambda *a: (_ for _ in ()).throw(OSError("full")))
-        with pytest.raises(OSError, match="full"):
+        with pytest.raises(StorageError, match="full"):
             prune_checkpoint(source, some, tmp_path / "pruned")  # all shards are there, the end is missing
     prune_checkpoint(source, other, tmp_path / "pruned")
     prune_checkpoint(source, other, tmp_path / "fresh")

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from emo_select.errors import DiskSpaceError, SpecError
 from emo_select.experts.batches import pack
 from emo_select.experts.prefixes import Segment
-from emo_select.experts.states import Budget, HiddenStates, parse_bytes
+from emo_select.experts.states import Budget, HiddenStates
+from emo_select.spec import parse_bytes
 
 CPU = torch.device("cpu")
 

@@ -78,7 +78,7 @@ class Moments:
         if self.fault == "readonly":
             allowed = os.access
             os.access = lambda path, mode, **options: (
-                allowed(path, mode, **options) and not (mode & os.W_OK and self.place(path) or path == self.root))
+                allowed(path, mode, **options) and not ((mode & os.W_OK and self.place(path)) or path == self.root))
 
     def wrapped(self, name: str, plain):
         def call(descriptor, *args):

@@ -285,7 +285,7 @@ def test_the_disk_must_hold_what_stays_and_what_is_at_work(make_sweep, monkeypat
     assert 0 < sizes[0] < sizes[1] < control.bench.model("demo/emo", None).total_bytes
     need = {keep: estimate.disk_need(control.bench, units, keep, 1) for keep in ("none", "last", "all")}
     assert need == {"none": 5 * sizes[1], "last": sum(sizes) + 4 * sizes[1], "all": 2 * sum(sizes) + 3 * sizes[1]}
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000, "total": 2000})())
     with pytest.raises(DiskSpaceError, match="keep-weights all"):
         control.submit()
     assert not control.paths.record.exists()

@@ -1,0 +1,136 @@
+"""A checkpoint's configuration against all of its weights, from headers alone and without torch.
+
+Select, prune, finetune and evaluate take hours; that a size does not fit is found here, before the first of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from emo_select.checkpoint import Checkpoint
+from emo_select.checkpoint.header import TensorInfo
+from emo_select.errors import CheckpointError
+from emo_select.models.families import (
+    DENSE_TYPES,
+    FLOATING,
+    Family,
+    check_layout,
+    experts_per_layer,
+    family_of,
+    is_moe,
+    top_k,
+)
+
+Shape = tuple[int | None, ...]  # None: not said in config.json
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Compare config.json with the name, shape and type of every weight that it determines.
+
+    Architectures that are neither a supported mixture nor one of the dense ones are left to transformers.
+
+    Raises:
+        ModelError: not supported. CheckpointError: names the first tensor or key that does not fit.
+    """
+    config = checkpoint.config
+    if is_moe(config):
+        _check_top_k(checkpoint, check_layout(checkpoint))
+    elif config.get("model_type") not in DENSE_TYPES:
+        return
+    _check_layers(checkpoint)
+    _check_alike(checkpoint)
+    shapes, family = dict(_attention(config)), family_of(config) if is_moe(config) else None
+    for name, info in checkpoint.tensors.items():
+        expected = _whole_model(config).get(name) or _in_layer(config, family, shapes, name)
+        if expected is not None:
+            _check_tensor(checkpoint, name, info, expected)
+
+
+def _check_top_k(checkpoint: Checkpoint, family: Family) -> None:
+    counts, per_token = experts_per_layer(checkpoint.config), top_k(checkpoint.config)
+    if per_token > max(counts):
+        raise CheckpointError(f"config.json of {checkpoint.directory} has {per_token} experts per token "
+                              f"(num_experts_per_tok), but its layers have {max(counts)} experts.")
+
+
+def _check_layers(checkpoint: Checkpoint) -> None:
+    """Embedding, head, final norm, and as many layers as the configuration counts."""
+    config = checkpoint.config
+    count = config.get("num_hidden_layers")
+    present = [layer for layer in checkpoint.layers if count is None or layer < count]
+    if count is not None and len(present) != count:
+        missing = next(layer for layer in range(count) if layer not in checkpoint.layers)
+        raise CheckpointError(f"{checkpoint.directory} has no tensors of layer {missing}, but its config.json counts "
+                              f"{count} layers.")
+    for name in (EMBEDDING, NORM):
+        checkpoint.info(name)
+    if HEAD not in checkpoint.tensors and not config.get("tie_word_embeddings"):
+        raise CheckpointError(f"{checkpoint.directory} has no {HEAD}, and its config.json does not say that the word "
+                              "embeddings are used in its place (tie_word_embeddings).")
+
+
+def _check_alike(checkpoint: Checkpoint) -> None:
+    """Layers of one kind have the same tensors: what all others have, none may lack."""
+    config = checkpoint.config
+    counts = experts_per_layer(config) if is_moe(config) else []
+    family = family_of(config) if is_moe(config) else None
+    groups: dict[bool, dict[int, set[str]]] = {}
+    for layer, names in checkpoint.layers.items():
+        if layer < (config.get("num_hidden_layers") or len(checkpoint.layers)):
+            plain = {name.split(".", 3)[3] for name in names if family is None or family.role(name).kind != "expert"}
+            groups.setdefault(bool(counts and counts[layer]), {})[layer] = plain
+    for layers in groups.values():
+        seen = Counter(name for own in layers.values() for name in own)
+        for layer, own in layers.items():
+            lacking = sorted(name for name, count in seen.items() if count > len(layers) / 2 and name not in own)
+            if lacking and "layer_types" not in config:
+                raise CheckpointError(f"{checkpoint.directory} has no tensor model.layers.{layer}.{lacking[0]}, "
+                                      "which its other layers have; download or save it again.")
+
+
+def _check_tensor(checkpoint: Checkpoint, name: str, info: TensorInfo, expected: Shape) -> None:
+    if info.dtype not in FLOATING:
+        raise CheckpointError(f"{name} is stored as {info.dtype}; only floating-point weights can be used.")
+    if len(expected) != len(info.shape) or any(size not in (None, found)
+                                               for size, found in zip(expected, info.shape, strict=True)):
+        shown = "[" + ", ".join("…" if size is None else str(size) for size in expected) + "]"
+        raise CheckpointError(f"{name} in {checkpoint.directory} has shape {list(info.shape)}, but its config.json "
+                              f"makes it {shown}.")
+
+
+def _whole_model(config: Mapping[str, Any]) -> dict[str, Shape]:
+    hidden, vocabulary = config.get("hidden_size"), config.get("vocab_size")
+    return {EMBEDDING: (vocabulary, hidden), HEAD: (vocabulary, hidden), NORM: (hidden,)}
+
+
+def _in_layer(config: Mapping[str, Any], family: Family | None, plain: Mapping[str, Shape], name: str) -> Shape | None:
+    """The shape that the configuration gives a tensor of a layer; None where it is not determined here."""
+    if not name.startswith("model.layers."):
+        return None
+    suffix = name.split(".", 3)[3]
+    return plain[suffix] if suffix in plain else None if family is None else _expert(config, family, name)
+
+
+def _attention(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
+    """Projections of plain attention. Attention over latent vectors names its own differently."""
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    keys, width = config.get("num_key_value_heads") or heads, config.get("head_dim")
+    if hidden is None or heads is None or config.get("kv_lora_rank") is not None:
+        return
+    width = width if width is not None else hidden // heads
+    for name, count in (("q_proj", heads), ("k_proj", keys), ("v_proj", keys)):
+        yield f"self_attn.{name}.weight", (count * width, hidden)
+        yield f"self_attn.{name}.bias", (count * width,)
+    yield "self_attn.o_proj.weight", (hidden, heads * width)
+
+
+def _expert(config: Mapping[str, Any], family: Family, name: str) -> Shape | None:
+    width = config.get("moe_intermediate_size", config.get("intermediate_size"))
+    role, hidden = family.role(name), config.get("hidden_size")
+    if role.kind != "expert" or width is None:
+        return None
+    down = role.suffix.endswith(("down_proj.weight", "w2.weight"))
+    return (hidden, width) if down else (width, hidden)
