@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE # else every process would compile everything again
 
-.PHONY: demo test lint types unit slurm clean
+.PHONY: demo test lint types unit slurm kills clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ unit: $(VENV)/installed-dev
 
 slurm: $(VENV)/installed-dev  ## the tests that start a real one-node Slurm
 	$(BIN)/pytest -m slurm
+
+kills: $(VENV)/installed-dev  ## every command killed at every change of the disk, and run again
+	EMO_SELECT_EVERY_MOMENT=1 $(BIN)/pytest -s tests/moments/test_kills.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -56,7 +56,7 @@ def yes_to(*words):
 def test_a_yes_on_stdin_runs_no_code(foreign, tmp_path):
     done = yes_to("select", "-m", str(foreign), "-k", "4", "-t", "demo_railway", "--output-dir", str(tmp_path / "out"))
     assert not (tmp_path / "mark").exists()
-    assert done.returncode == 1 and "--trust-remote-code" in done.stderr, done.stderr
+    assert done.returncode == 2 and "--trust-remote-code" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -50,7 +50,7 @@ def expand(wanted: Wanted, tree: Tree, execution: Execution, *, download: bool =
     names = Names(tree)
     called = {id(task): names.task(task) for task in tasks}
     for model in dict.fromkeys(wanted.models):
-        source = _opened(model, execution.data_dir, download=download)
+        source = _opened(model, execution, download=download)
         _check_training(training, source)
         choices, placed = list(_choices(model, source, wanted)), names.keys(model, absolute(model))
         for task in tasks:
@@ -61,18 +61,18 @@ def expand(wanted: Wanted, tree: Tree, execution: Execution, *, download: bool =
     return runs
 
 
-def _opened(model: str, data_dir: str | None, *, download: bool) -> Checkpoint:
+def _opened(model: str, execution: Execution, *, download: bool) -> Checkpoint:
     from emo_select.checkpoint import open_checkpoint
     from emo_select.models.files import require_tokenizer
     from emo_select.models.preflight import check_weights
     from emo_select.models.shapes import open_or_outline
 
-    found = None if download else open_or_outline(model, data_dir)
+    found = None if download else open_or_outline(model, execution.data_dir)
     if found is None:
-        found = open_checkpoint(model, data_dir=data_dir, download=download)
+        found = open_checkpoint(model, data_dir=execution.data_dir, download=download)
     if found.has_weights:
         check_weights(found)
-        require_tokenizer(found.directory)
+        require_tokenizer(found.directory, trust_remote_code=execution.trust_remote_code)
     return found
 
 
