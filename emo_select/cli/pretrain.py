@@ -23,6 +23,8 @@ Data = Annotated[Path | None, typer.Option("--data", "-d", help="Folder of `emo-
                                            "lines) or a token file.", rich_help_panel=TRAIN)]
 DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Where a mix's relative paths begin.",
                                                rich_help_panel=TRAIN)]
+TokenizerName = Annotated[str | None, typer.Option("--tokenizer", help="Of token files without a manifest: "
+                                                   "folder or Hub id.", rich_help_panel=TRAIN)]
 Out = Annotated[Path | None, typer.Option("--out", "-o", callback=writable, show_default="pretrained/<recipe>",
                                           help="Folder of the run.", rich_help_panel=OUTPUT)]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as "
@@ -67,6 +69,7 @@ def pretrain(
     recipe: Name = None,
     data: Data = None,
     data_root: DataRoot = None,
+    tokenizer: TokenizerName = None,
     out: Out = None,
     changes: Set = [],  # noqa: B006
     start: From = None,
@@ -112,8 +115,9 @@ def pretrain(
         raise SpecError("--data names the token files; `emo-select tokenize` makes them from text.")
     folder = out or Path("pretrained") / chosen.name
     settings = RunSettings(
-        data=str(data), data_root=str(data_root) if data_root else None, device=device, compile=compile_blocks,
-        threads=threads, stop_at=stop_at, spike=spike, tensorboard=tensorboard, wandb=wandb, evaluate=benchmarks)
+        data=str(data), data_root=str(data_root) if data_root else None, tokenizer=tokenizer, device=device,
+        compile=compile_blocks, threads=threads, stop_at=stop_at, spike=spike, tensorboard=tensorboard, wandb=wandb,
+        evaluate=benchmarks)
     record = _record(chosen, settings, processes, start, new_data)
     _start(folder, record, settings, profile, allow_other_ranks)
     if profile is None and evaluate_modularity:
@@ -199,11 +203,11 @@ def _record(recipe: Recipe, settings: RunSettings, processes: int, start: Path |
     """Everything that can be wrong with the request is found here, before work."""
     from emo_select.errors import SpecError
     from emo_select.pretrain.plan import check_divides
-    from emo_select.pretrain.run import RunRecord, check_data
-    from emo_select.pretrain.tokens import read_mix
+    from emo_select.pretrain.run import RunRecord, check_data, open_data, with_tokenizer_of
 
     check_divides(recipe, processes)
-    data = read_mix(Path(settings.data), Path(settings.data_root) if settings.data_root else None)
+    data = open_data(settings)
+    recipe = with_tokenizer_of(recipe, data)
     check_data(recipe, data)
     if start is None and recipe.anneals:
         raise SpecError(f"{recipe.name} anneals a checkpoint of {recipe.anneals}; name it with --from.")

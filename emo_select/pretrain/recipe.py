@@ -174,7 +174,10 @@ class Evaluate(_Strict):
 
 
 class Recipe(_Strict):
-    """One run. `anneals` names the recipe whose last checkpoint it starts from."""
+    """One run. `anneals` names the recipe whose last checkpoint it starts from.
+
+    With `any_tokenizer` the data's tokenizer takes the place of the recipe's: for texts of one's own.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     about: str = ""
@@ -184,6 +187,7 @@ class Recipe(_Strict):
     tokens: int = Field(gt=0)
     seed: int = Field(default=12536, ge=0)
     tokenizer: Tokenizer
+    any_tokenizer: bool = False
     model: Model
     objective: Objective = Objective()
     data: Data

@@ -10,6 +10,7 @@ Importing this imports no torch.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,9 @@ from pydantic import BaseModel, ConfigDict
 
 from emo_select import ownership
 from emo_select.errors import EmoSelectError, SpecError
-from emo_select.pretrain.recipe import Recipe
-from emo_select.pretrain.tokens import TokenData
-from emo_select.tree import read_json, write_json
+from emo_select.pretrain.recipe import Recipe, Tokenizer
+from emo_select.pretrain.tokens import TokenData, read_mix
+from emo_select.tree import read_json, staged_directory, write_json
 
 RECORD, SETTINGS, ERROR = "pretraining.json", ".job/settings.json", ".job/error.json"
 RUN = "pretraining run"
@@ -62,6 +63,7 @@ class RunSettings(BaseModel):
 
     data: str
     data_root: str | None = None
+    tokenizer: str | None = None
     device: str = "auto"
     compile: bool = True
     threads: int = 1
@@ -70,6 +72,16 @@ class RunSettings(BaseModel):
     tensorboard: bool = False
     wandb: str | None = None
     evaluate: bool = True
+
+
+def with_tokenizer_of(recipe: Recipe, data: TokenData) -> Recipe:
+    """The recipe as it is for this data: one that takes any tokenizer takes the data's."""
+    if not recipe.any_tokenizer:
+        return recipe
+    pad = data.eos_token_id if data.pad_token_id is None else data.pad_token_id
+    mine = Tokenizer(vocab_size=data.vocab_size, eos_token_id=data.eos_token_id, pad_token_id=pad,
+                     identifier=data.tokenizer)
+    return recipe.model_copy(update={"tokenizer": mine})
 
 
 def check_data(recipe: Recipe, data: TokenData) -> None:
@@ -109,13 +121,28 @@ def require_same(out: Path, now: RunRecord, *, other_ranks: bool = False) -> Run
     return now
 
 
+def open_data(settings: RunSettings) -> TokenData:
+    """The token files of the run, checked. Raises `TokenDataError`."""
+    root = Path(settings.data_root) if settings.data_root else None
+    return read_mix(Path(settings.data), root, settings.tokenizer)
+
+
 def write_record(out: Path, record: RunRecord, settings: RunSettings) -> None:
     """Make the folder ours and say in it what it is."""
     out.mkdir(parents=True, exist_ok=True)
     (out / ".job").mkdir(exist_ok=True)
     ownership.mark(out, RUN)
+    _keep_tokenizer(out, record.recipe.tokenizer.identifier)
     write_json(out / SETTINGS, settings.model_dump())
     write_json(out / RECORD, record.model_dump(mode="json"))
+
+
+def _keep_tokenizer(out: Path, identifier: str | None) -> None:
+    """A tokenizer that is a folder is copied to where the converter looks first."""
+    target = out / "tokenizer"
+    if identifier is not None and (Path(identifier) / "tokenizer.json").is_file() and not target.exists():
+        with staged_directory(target, identifier) as folder:
+            shutil.copytree(identifier, folder, dirs_exist_ok=True)
 
 
 def read_record(out: Path) -> RunRecord:

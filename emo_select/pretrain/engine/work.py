@@ -21,7 +21,7 @@ from emo_select.pretrain.engine import starting
 from emo_select.pretrain.engine.build import Machine, Start, build_trainer
 from emo_select.pretrain.engine.watch import TensorBoard, Watch, broken
 from emo_select.pretrain.run import RunRecord, RunSettings, Started
-from emo_select.pretrain.tokens import TokenData, read_mix
+from emo_select.pretrain.tokens import TokenData
 from emo_select.progress import configure, say, track
 from emo_select.tree import exclusive, write_json
 
@@ -39,7 +39,7 @@ def main(out: Path) -> None:
 def carry_out(out: Path) -> None:
     """Train until the end of the recipe, from the last checkpoint of the run if there is one."""
     record, settings = run.read_record(out), run.read_settings(out)
-    data = read_mix(Path(settings.data), Path(settings.data_root) if settings.data_root else None)
+    data = run.open_data(settings)
     torch.set_num_threads(settings.threads)
     with _quiet_engine(), _processes(settings) as rank:
         if rank:
