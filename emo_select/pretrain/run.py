@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from emo_select import ownership
+from emo_select.demo import demo_path
 from emo_select.errors import EmoSelectError, SpecError
 from emo_select.pretrain.recipe import Recipe, Tokenizer
 from emo_select.pretrain.tokens import TokenData, read_mix
@@ -140,9 +141,15 @@ def write_record(out: Path, record: RunRecord, settings: RunSettings) -> None:
 def _keep_tokenizer(out: Path, identifier: str | None) -> None:
     """A tokenizer that is a folder is copied to where the converter looks first."""
     target = out / "tokenizer"
-    if identifier is not None and (Path(identifier) / "tokenizer.json").is_file() and not target.exists():
-        with staged_directory(target, identifier) as folder:
-            shutil.copytree(identifier, folder, dirs_exist_ok=True)
+    if identifier is None or target.exists():
+        return
+    source = demo_path(identifier) if identifier.startswith("demo/") else Path(identifier)
+    if not (source / "tokenizer.json").is_file():
+        return
+    with staged_directory(target, identifier) as folder:
+        for path in source.iterdir():
+            if path.is_file() and path.suffix != ".safetensors" and not path.name.startswith("."):
+                shutil.copy(path, folder)
 
 
 def read_record(out: Path) -> RunRecord:

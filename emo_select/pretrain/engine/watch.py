@@ -52,6 +52,11 @@ class Watch(Callback):  # type: ignore[misc,unused-ignore]
             for name in ("metrics.jsonl", "loads.jsonl"):
                 _keep_until(self.folder / name, self.step)
 
+    def pre_epoch(self) -> None:
+        """Forget what the engine's rehearsal before the first step has chosen."""
+        for router in self.routers:
+            router.take_seen()
+
     def post_step(self) -> None:
         """Every so many steps the choices of all layers since the last time, on this rank."""
         if not self.routers or self.step % self.every:
