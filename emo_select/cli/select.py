@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +14,12 @@ from emo_select.cli.common import CALIBRATE, MACHINE, OUTPUT, RUN
 
 if TYPE_CHECKING:
     from emo_select.experts import KeepSet, StreamOptions
+    from emo_select.experts.calibration_curve import Curve
     from emo_select.experts.rules import KeepK
     from emo_select.pipeline import Run
 
 PANEL = "Single stages"
+CURVE = "Calibration curve"
 TaskNames = Annotated[list[str] | None, typer.Option(
     "--task", "-t", help="Task or group; see `emo-select tasks`. With weights, such as a:2 and b:1, they are mixed.",
     rich_help_panel=RUN, autocompletion=completion.tasks)]
@@ -151,18 +153,46 @@ def select(
 
 
 def inspect(
-    paths: Annotated[list[Path], typer.Argument(help="Run directories, selection.json files, or folders above them.")],
-    plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw PNGs (extra `plots`).",
+    paths: Annotated[list[Path] | None, typer.Argument(
+        help="Run directories, selection.json files, or folders above them.", show_default=False)] = None,
+    calibration_curve: Annotated[bool, typer.Option(
+        "--calibration-curve", help="Compare selections that differ in the number of examples with the largest one; "
+                                    "with --model they are made.", rich_help_panel=CURVE)] = False,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Hub id, folder or demo/NAME.",
+                                              rich_help_panel=CURVE)] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", "-t", help="Task or group.",
+                                                   rich_help_panel=CURVE)] = None,
+    keep_k: Annotated[list[str] | None, typer.Option("--keep-k", "-k", help="Such as 8,16,32.",
+                                                     rich_help_panel=CURVE)] = None,
+    sizes: Annotated[list[str] | None, typer.Option("--num-examples", "-n", show_default="1,5,10,100,all",
+                                                    help="Sample sizes, nested.", rich_help_panel=CURVE)] = None,
+    method: Annotated[str, typer.Option("--method", help="Any but random.", rich_help_panel=CURVE)] = "layerwise",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the draw.", rich_help_panel=CURVE)] = 0,
+    num_shots: Annotated[int | None, typer.Option("--num-shots", min=0, help="Few-shot examples; 0 for the variant "
+                                                  "without.", show_default="the task's", rich_help_panel=CURVE)] = None,
+    published_layout: Annotated[bool, typer.Option("--published-layout", help="summary.md exactly as published.",
+                                                   rich_help_panel=CURVE)] = False,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    data_dir: common.DataDir = None,
+    plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw pictures (extra `plots`).",
                                        rich_help_panel=OUTPUT)] = True,
     out: Annotated[Path | None, typer.Option("--out", callback=common.writable,
                                              show_default="beside each selection", rich_help_panel=OUTPUT,
-                                             help="Folder for the pictures.")] = None,
+                                             help="Folder for pictures and curves.")] = None,
     as_json: common.AsJson = False,
 ) -> None:
     """Look at selections: coverage per layer, and what they have in common across tasks, methods and sample sizes."""
     from emo_select.experts.inspect import as_data, find_selections
 
-    found = find_selections(paths)
+    if calibration_curve or model:
+        wanted = {"method": method, "seed": seed, "num_shots": num_shots}
+        options = _options(device, dtype, None, None, None)
+        curves = (_made_curves(model, task, keep_k, sizes, wanted, out, data_dir, options) if model
+                  else _found_curves(paths or []))
+        _show_curves(curves, out or Path("calibration_curve"), plot, published_layout, as_json)
+        return
+    found = find_selections(paths or [Path()])
     pictures = _draw(found, out) if plot else []
     if as_json:
         common.emit({**as_data(found), "pictures": [str(path) for path in pictures]})
@@ -170,6 +200,58 @@ def inspect(
         _show(found)
         for path in pictures:
             typer.echo(path)
+
+
+def _found_curves(paths: Sequence[Path]) -> list[Curve]:
+    from emo_select.experts.calibration_curve import curves_of
+    from emo_select.experts.inspect import find_selections
+
+    return curves_of(find_selections(paths or [Path()]).values())
+
+
+def _made_curves(model: str, tasks: list[str] | None, keep_ks: list[str] | None, sizes: list[str] | None,
+                 wanted: dict[str, Any], out: Path | None, data_dir: str | None, options: StreamOptions) -> list[Curve]:
+    from emo_select.errors import SpecError
+    from emo_select.experts.calibration_curve import CurveRequest, collect_curves, parse_sizes
+    from emo_select.experts.methods import ONE_PASS
+    from emo_select.spec import Calibration, checked
+    from emo_select.tasks import get_tasks
+
+    method = wanted.pop("method")
+    if method not in ("layerwise", *ONE_PASS):
+        raise SpecError(f"A curve needs a method that sees examples, not {method!r}: layerwise, {', '.join(ONE_PASS)}.")
+    names = [task.name for task in get_tasks(common.listed(tasks or []), data_dir=data_dir)]
+    if not names or not keep_ks:
+        raise SpecError("Say what to compare with --task and --keep-k.")
+    whole = [keep_k for keep_k in _keep_ks(model, common.listed(keep_ks), []) if isinstance(keep_k, int)]
+    request = CurveRequest(model, list(dict.fromkeys(whole)), parse_sizes(common.listed(sizes or ["1,5,10,100,all"])),
+                           method, checked(Calibration, wanted))
+    return collect_curves(request, names, out or Path("calibration_curve"), data_dir=data_dir, options=options)
+
+
+def _show_curves(curves: Sequence[Curve], out: Path, plot: bool, published: bool, as_json: bool) -> None:
+    from emo_select.experts.calibration_curve import write_summary
+    from emo_select.experts.plots import plot_curves
+
+    files = write_summary(curves, out, published=published)
+    if plot:
+        for suffix in ("png", "pdf"):
+            plot_curves(curves, out / f"calibration_curve.{suffix}")
+            files.append(out / f"calibration_curve.{suffix}")
+    if as_json:
+        common.emit({"curves": [curve.as_data() for curve in curves], "files": [str(file) for file in files]})
+        return
+    typer.echo("Jaccard index of the routed experts kept with those of the largest sample (in parentheses with shared\n"
+               "experts, as published): mean over layers, smallest layer.")
+    rows = [[curve.task + (f" ({curve.note})" if curve.note else ""), str(curve.keep_k), tag, _pair(curve.mean, tag),
+             _pair(curve.smallest, tag)] for curve in curves for tag in curve.keep_sets if tag != curve.reference]
+    _table(["task", "keep-k", "examples", "mean", "smallest"], rows)
+    for file in files:
+        typer.echo(file)
+
+
+def _pair(value: Callable[..., float], tag: str) -> str:
+    return f"{value(tag):.3f} ({value(tag, shared=True):.3f})"
 
 
 def _calibration(num_examples: int | None, seed: int, num_shots: int | None, leave_out_shots: bool, file: str | None,

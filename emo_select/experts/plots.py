@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emo_select.errors import SpecError
+from emo_select.experts.calibration_curve import Curve, all_sizes
 from emo_select.experts.inspect import layer_views, overlaps
 from emo_select.experts.keepset import KeepSet
+from emo_select.figures import STYLE, matplotlib, new_figure, plain, save
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DPI = 120
+CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+CURVES = {**STYLE, "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
+          "axes.grid": True, "grid.linewidth": 0.4, "grid.color": "#dddddd", "lines.linewidth": 1.6,
+          "lines.markersize": 4, "legend.frameon": False}
 
 
 def plot_scores(keep_set: KeepSet, path: Path, title: str = "") -> None:
@@ -60,6 +67,46 @@ def plot_overlaps(selections: Mapping[str, KeepSet], path: Path) -> None:
                           color="white" if values[row][column] < 0.6 else "black")
     figure.colorbar(drawn, ax=axes, label="mean Jaccard index of routed experts")
     _save(figure, path)
+
+
+def plot_curves(curves: Sequence[Curve], path: Path) -> None:
+    """A panel per task: mean Jaccard index with the largest sample's keep set over the sample size, a line per keep-k,
+    thin lines for single layers. Raises UsageError without matplotlib."""
+    sizes = all_sizes(curves)
+    panels = list(dict.fromkeys((curve.task, curve.note) for curve in curves))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    with matplotlib().rc_context(CURVES):
+        figure = new_figure(3 * columns + 0.6, 2.3 * rows + 0.4)
+        axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+        keep_ks = sorted({curve.keep_k for curve in curves})
+        for axis, panel in zip(axes, panels, strict=False):
+            for curve in (curve for curve in curves if (curve.task, curve.note) == panel):
+                _curve(axis, curve, sizes, CURVE_COLOURS[keep_ks.index(curve.keep_k) % len(CURVE_COLOURS)])
+            axis.set(xlabel="calibration examples", ylim=(0, 1.03), title=plain(", ".join(filter(None, panel))))
+            axis.set_xticks(range(len(sizes)), sizes)
+        for axis in axes[len(panels):]:
+            axis.set_visible(False)
+        axes[0].set_ylabel("Jaccard index with the largest sample")
+        handles, names = _legend_of(axes)
+        figure.legend(handles, names, loc="outside lower center", ncols=min(5, len(names)), fontsize=7)
+        save(figure, path, dpi=200)
+
+
+def _legend_of(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
+    found = {name: handle for axis in axes
+             for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    names = sorted(found, key=lambda name: int(name.split()[-1]))
+    return [found[name] for name in names], names
+
+
+def _curve(axis: Axes, curve: Curve, sizes: Sequence[str], colour: str) -> None:
+    places = [sizes.index(tag) for tag in curve.keep_sets]
+    for layer in zip(*(curve.overlap(tag) for tag in curve.keep_sets), strict=True):
+        if layer[0] is not None:
+            axis.plot(places, layer, color=colour, linewidth=0.5, alpha=0.35)
+    axis.plot(places, [curve.mean(tag) for tag in curve.keep_sets], color=colour, marker="o",
+              label=f"keep-k {curve.keep_k}")
 
 
 def _scaled(keep_set: KeepSet, rows: list[int], width: int) -> Any:
