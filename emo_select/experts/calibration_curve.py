@@ -155,14 +155,16 @@ def collect_curves(request: CurveRequest, tasks: Sequence[str], out: Path, *, da
     from emo_select.checkpoint import open_checkpoint
     from emo_select.experts.rules import resolve_keep_k
     from emo_select.experts.select import texts_of
+    from emo_select.models import load_tokenizer
 
+    tokenizer = load_tokenizer(request.model)
     with open_checkpoint(request.model) as checkpoint:
         for keep_k in request.keep_ks:
             resolve_keep_k(checkpoint.config, keep_k)
         whole = request.calibration.model_copy(update={"num_examples": None})
         curves = []
         for task in tasks:
-            texts = texts_of(request.model, [task], whole, data_dir)
+            texts = texts_of(tokenizer, [task], whole, data_dir)
             curves += collect_task(checkpoint, request, task, texts, out, options)
     return curves
 
