@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 CARD = "README.md"
 MARK = "<!-- Written by emo-select. What follows “Scores” is replaced after every evaluation; the rest is yours. -->"
 SCORES = "\n## Scores\n"
-LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*")
 KEPT_KEYS = ("license", "license_name", "license_link", "language")
 OUR_TYPES = ("emo", "flex_olmo_noqknorm_prenorm", "olmo2_noqknorm_prenorm")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -100,11 +99,12 @@ def _kept(folder: Path) -> Iterator[tuple[str, str]]:
     about = _json(folder / "pruning_metadata.json")
     if not about:
         return
-    mask = [layer for layer in _json(folder / "expert_mask.json", []) if layer]
-    counts, totals = {sum(layer) for layer in mask}, {len(layer) for layer in mask}
+    counts = {len(kept) for kept in about.get("experts_kept_per_layer") or () if kept}
+    totals = {len(layer) for layer in _json(folder / "expert_mask.json", []) if layer}
     shared = about.get("num_shared_experts", 0)
-    yield "experts kept per layer", (f"{_range(counts)} of {_range(totals)}, of them {shared} shared "
-                                     "(`experts.json`: which)")
+    if counts:
+        of = f" of {_range(totals)}" if totals else ""
+        yield "experts kept per layer", f"{_range(counts)}{of}, of them {shared} shared (`experts.json`: which)"
     yield "chosen by", _safe(str(about.get("pruning_method")))
     if about.get("task"):
         drawn = about.get("num_calibration")

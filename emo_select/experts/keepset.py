@@ -175,18 +175,11 @@ def _check_equal_groups(config: Mapping[str, Any], layer: int, kept: Sequence[in
         raise KeepKError(f"The selection keeps different numbers of experts of the {groups} groups in layer {layer}.")
 
 
-def expert_files(config: Mapping[str, Any], keep_set: KeepSet) -> dict[str, Any]:
-    """Contents of experts.json (layer → kept ids) and expert_mask.json, which lie beside a pruned checkpoint.
-
-    The mask is what engines take that run the unpruned model and skip experts: per layer one 0 or 1 for every
-    original expert, an empty list for dense layers.
-    """
-    kept = {str(layer): list(ids) for layer, ids in enumerate(keep_set.experts) if ids is not None}
-    return {"experts.json": kept, "expert_mask.json": expert_mask(config, keep_set)}
-
-
 def expert_mask(config: Mapping[str, Any], keep_set: KeepSet) -> list[list[int]]:
-    """Per layer, 1 for each kept and 0 for each dropped expert of the unpruned model."""
+    """Per layer, 1 for each kept and 0 for each dropped expert of the unpruned model, nothing for dense layers.
+
+    What engines take that run the unpruned model and skip experts.
+    """
     return [[int(e in set(kept or ())) for e in range(count)]
             for kept, count in zip(keep_set.experts, experts_per_layer(config), strict=True)]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from emo_select.checkpoint import Checkpoint, ShardedWriter, TensorSpec, assign_shards, open_checkpoint
-from emo_select.checkpoint.card import LEGAL, write_card
+from emo_select.checkpoint.card import CARD, write_card
+from emo_select.checkpoint.companions import companions, copy_companions
 from emo_select.checkpoint.finite import all_finite
 from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE
 from emo_select.checkpoint.reader import INDEX
@@ -25,11 +25,10 @@ from emo_select.errors import KeepKError, NumericError, SpecError, keywords_chec
 from emo_select.experts.keepset import (
     KeepSet,
     check_keep_set,
-    expert_files,
     pruned_top_k,
-    pruning_metadata,
     shared_kept,
 )
+from emo_select.experts.provenance import EXPERTS, MASK, METADATA, provenance_files
 from emo_select.faults import translated
 from emo_select.models.families import (
     COUNT_KEYS,
@@ -45,11 +44,9 @@ from emo_select.ownership import PRUNED, require_replaceable
 from emo_select.progress import say, track
 from emo_select.tree import link_or_copy, require_space, staged_directory, write_bytes
 
-# Small files that belong to a checkpoint; weights in other formats and training state do not.
-COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 WORKERS = min(4, os.cpu_count() or 1)  # more gain nothing on one disk
 PART_BYTES = 4_000_000
-REPLACED = {"config.json", INDEX, "pruning_metadata.json", "experts.json", "expert_mask.json", "trainer_state.json"}
+REPLACED = frozenset({"config.json", INDEX, METADATA, EXPERTS, MASK, CARD})
 
 
 @dataclass(frozen=True)
@@ -100,6 +97,7 @@ def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dt
     """
     with open_checkpoint(source) as checkpoint:
         require_replaceable(out_dir, checkpoint.directory)
+        companions(checkpoint.directory)  # refuses links
         if keep_set.fingerprint not in (None, checkpoint.forward_fingerprint):
             say(f"The selection was made on other weights or another config than {source} has now.")
         target = stored_dtype(dtype)
@@ -107,16 +105,16 @@ def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dt
         limit = parse_size(max_shard_size)
         linkable = not (dtype or limit) and _keeps_everything(checkpoint, plan)
         require_space(out_dir.parent, 0 if linkable else plan.total_bytes, "The pruned checkpoint")
+        described = provenance_files(checkpoint, keep_set, str(source))
+        described[METADATA] |= metadata or {}
         key = _resume_key(checkpoint, keep_set, target, limit)
         with staged_directory(out_dir, key, PRUNED, [checkpoint.directory]) as folder:
             if linkable:
                 _link_shards(checkpoint, folder)
             else:
                 _write_shards(checkpoint, plan, folder, limit)
-            _write_companions(checkpoint, folder)
-            described = {**expert_files(checkpoint.config, keep_set),
-                         "pruning_metadata.json": {**pruning_metadata(keep_set), **(metadata or {})},
-                         "config.json": plan.config}
+            copy_companions(checkpoint.directory, folder, without=REPLACED)
+            described["config.json"] = plan.config
             for name, value in described.items():  # the folder is flushed as a whole before it appears
                 (folder / name).write_text(json.dumps(value, indent=1) + "\n")
             write_card(folder, checkpoint.directory)
@@ -338,8 +336,3 @@ def _link_shards(checkpoint: Checkpoint, folder: Path) -> None:
         write_bytes(folder / INDEX, (checkpoint.directory / INDEX).read_bytes())
 
 
-def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    for path in sorted(checkpoint.directory.iterdir()):
-        wanted = path.suffix in COMPANIONS or any(path.match(pattern) for pattern in LEGAL)
-        if path.is_file() and wanted and path.name not in REPLACED:
-            shutil.copyfile(path, folder / path.name)

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from emo_select import ownership
 from emo_select.checkpoint import Checkpoint, ShardedWriter, TensorSpec, assign_shards, open_checkpoint
+from emo_select.checkpoint.companions import companions, copy_companions
 from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE
 from emo_select.errors import CheckpointError, ModelError, SpecError
 from emo_select.faults import translated
 from emo_select.finetune.freezing import memory_kind, routed_per_layer
-from emo_select.finetune.saving import copy_companions
 from emo_select.models.families import Family, Role, experts_per_layer, family_of
-from emo_select.progress import track
+from emo_select.progress import say, track
 from emo_select.spec import digest
 from emo_select.tree import RunPaths, read_json, require_space, staged_directory, write_json
 
@@ -77,8 +77,9 @@ def merge_back(child: str | Path, into: str, out_dir: Path, options: MergeOption
         raise SpecError(f"The averaging weight {options.average:g} is not between 0 and 1.")
     source, metadata = _finetuned_checkpoint(Path(child))
     with open_checkpoint(into) as full, open_checkpoint(source) as tuned:
+        companions(full.directory)  # refuses links
         ownership.require_replaceable(out_dir, full.directory, tuned.directory)
-        plan = plan_merge(full, tuned, read_json(metadata).get("experts_kept_per_layer") or [], options)
+        plan = plan_merge(full, tuned, _kept_in(full, read_json(metadata), into, str(child)), options)
         require_space(out_dir, full.total_bytes, "The merged model")
         record = _record(plan, options, {"into": into, "child": str(source), "metadata": str(metadata)})
         key = digest([full.fingerprint, tuned.fingerprint, record])
@@ -103,7 +104,10 @@ def plan_merge(
     changes: dict[str, Change] = {}
     counts: Counter[Group] = Counter()
     for name in full.tensors:
-        group, change = _change(family, family.role(name), name, kept, routed, wanted)
+        role = family.role(name)
+        if role.layer is not None and role.layer >= len(kept):
+            continue  # a prediction layer, which pruning leaves out
+        group, change = _change(family, role, name, kept, routed, wanted)
         if change is not None:
             _require_fit(full, tuned, name, change)
             changes[name] = change
@@ -112,6 +116,24 @@ def plan_merge(
     for group in ("routed", "shared"):
         counts[group] //= experts  # an expert is several tensors
     return MergePlan(changes, counts)
+
+
+def _kept_in(full: Checkpoint, metadata: Mapping[str, Any], into: str, child: str) -> Sequence[Sequence[int] | None]:
+    """The numbers that a pruned model's experts have in `full`, one of the models that it was pruned from.
+
+    Raises `ModelError` naming those where `full` is none of them. Metadata without fingerprints is taken at its word.
+    """
+    ancestors = metadata.get("pruned_from") or [{**metadata, "weights_fingerprint": None}]
+    for one in ancestors:
+        if one["weights_fingerprint"] == full.content.weights:
+            return one["experts_kept_per_layer"] or []
+    for one in ancestors:
+        if one["weights_fingerprint"] is None:
+            say(f"{child} does not say which weights it was pruned from; only shapes can be compared with {into}.")
+            return one.get("experts_kept_per_layer") or []
+    known = ", which was pruned from ".join(str(one["model"]) for one in reversed(ancestors))
+    raise ModelError(f"{child} was pruned from {known}; {into} has other weights, so give the model that was pruned as "
+                     "--into.")
 
 
 def _change(

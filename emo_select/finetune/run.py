@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emo_select.checkpoint import Checkpoint, open_checkpoint, read_config
+from emo_select.checkpoint.companions import companions, copy_companions
+from emo_select.checkpoint.reader import INDEX
 from emo_select.errors import SpecError, UsageError
 from emo_select.faults import translated
 from emo_select.finetune import recipe
@@ -24,7 +26,7 @@ from emo_select.tree import (
     discard,
     drop_unfinished,
     leftovers,
-    link_tree,
+    link_or_copy,
     numbered_checkpoints,
     partial_directory,
     publish,
@@ -147,6 +149,7 @@ def _checked_job(
     """The job, after everything that can be wrong with it has been looked at; no model is loaded."""
     if out_dir.resolve().is_relative_to(model_dir.resolve()):  # checkpoint-0 would contain itself
         raise UsageError(f"{out_dir} lies within the model that is trained; choose an output directory outside.")
+    companions(model_dir)  # refuses links
     device = recipe.require_machine(execution)
     world = int(os.environ.get("WORLD_SIZE", "0")) or execution.num_gpus or 1
     with open_checkpoint(model_dir) as checkpoint:
@@ -212,12 +215,17 @@ def _prepare(job: Job, tokens: TokenSet, *, replace: bool) -> None:
 
 
 def _link_start(source: Path, final: Path) -> None:
-    """Publish `checkpoint-0`: the starting model itself, by hard links."""
+    """Publish `checkpoint-0`: the starting model itself, its weights by hard links."""
     if final.exists():
         return
     partial = partial_directory(final)
     discard(partial)
-    link_tree(source, partial)
+    with open_checkpoint(source) as start:
+        weights = [*start.shards, *([INDEX] if (source / INDEX).exists() else [])]
+    partial.mkdir()
+    for name in weights:
+        link_or_copy(source / name, partial / name)
+    copy_companions(source, partial)
     publish(partial, final, FINETUNED)
 
 

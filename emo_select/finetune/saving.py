@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,13 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from emo_select.checkpoint import ShardedWriter, TensorSpec, open_checkpoint
+from emo_select.checkpoint import Checkpoint, ShardedWriter, TensorSpec, open_checkpoint
+from emo_select.checkpoint.companions import copy_companions
 from emo_select.checkpoint.header import DTYPES
+from emo_select.errors import CheckpointError
 from emo_select.finetune.lora import save_adapter
 from emo_select.finetune.recipe import checkpoint_steps
 from emo_select.models.adapters import merge_adapter
 from emo_select.ownership import FINETUNED
-from emo_select.progress import Bar
+from emo_select.progress import Bar, say_once
 from emo_select.tree import discard, partial_directory, publish
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 SAVING_SHARE = 0.05  # of the time at most, spent on writing training state
 BYTES_PER_SECOND = 500e6  # assumed of the disk until the first state has been written
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.key", ".*")
 
 
 class Keeper(TrainerCallback):
@@ -124,12 +124,33 @@ def _write_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], source
 
     split = revert_weight_conversion(model, dict(tensors))
     with open_checkpoint(source) as start:
+        _require_all(split, start)
         planned: dict[str, list[TensorSpec]] = {}
         for name, info in start.tensors.items():
             planned.setdefault(info.shard, []).append(TensorSpec(name, info.dtype, info.shape))
         with ShardedWriter(folder, planned) as out:
             for name in out.missing():
-                out.write(name, split[name].to(getattr(torch, DTYPES[start.tensors[name].dtype][1])))
+                if name in split:
+                    out.write(name, split[name].to(getattr(torch, DTYPES[start.tensors[name].dtype][1])))
+                else:
+                    out.write_bytes(name, start.pieces(name))
+
+
+def _require_all(split: Mapping[str, Tensor], start: Checkpoint) -> None:
+    """What the model does not load (prediction layers, frequencies) is carried over as it is, and said so.
+
+    Raises `CheckpointError` where something that was trained has no place in the start folder.
+    """
+    carried = [name for name in start.tensors if name not in split]
+    stored = {split[name].data_ptr() for name in start.tensors if name in split}
+    tied = "lm_head.weight" if start.config.get("tie_word_embeddings") else ""
+    homeless = [name for name, tensor in split.items()
+                if name not in start.tensors and name != tied and tensor.data_ptr() not in stored]
+    if carried and homeless:
+        raise CheckpointError(f"{start.directory} has {carried[0]} where training has {homeless[0]}, so the trained "
+                              "weights cannot be stored in its layout.")
+    if carried:
+        say_once(f"{len(carried)} tensors that the model does not use, such as {carried[0]}, are kept as they are.")
 
 
 def write_adapter(model: PeftModel, tensors: dict[str, Tensor], source: Path, final: Path,
@@ -148,10 +169,3 @@ def write_adapter(model: PeftModel, tensors: dict[str, Tensor], source: Path, fi
         copy_companions(source, partial)
     describe(partial)
     publish(partial, final, FINETUNED)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy what lies beside the weights: config, tokenizer, generation defaults, which experts were kept."""
-    for path in source.iterdir():
-        if path.is_file() and not any(path.match(pattern) for pattern in WEIGHT_FILES):
-            shutil.copy2(path.resolve(), target / path.name)

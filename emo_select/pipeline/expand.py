@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from emo_select import progress
+from emo_select.checkpoint.companions import companions
 from emo_select.errors import SpecError
 from emo_select.names import Names, absolute
 from emo_select.pipeline.adopt import twin_key
@@ -52,6 +53,8 @@ def expand(wanted: Wanted, tree: Tree, execution: Execution, *, download: bool =
     for model in dict.fromkeys(wanted.models):
         source = _opened(model, execution, download=download)
         _check_training(training, source)
+        if source.has_weights:
+            companions(source.directory)  # refuses links, before selection takes hours
         choices, placed = list(_choices(model, source, wanted)), names.keys(model, absolute(model))
         for task in tasks:
             if download or not lengths.known(task):

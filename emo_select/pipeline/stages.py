@@ -131,11 +131,15 @@ def _threads_for(run: Run) -> Iterator[None]:
 
 
 def _attempt(runs: Sequence[Run], work: Callable[[], None]) -> list[tuple[Run, EmoSelectError]]:
-    """Failures of ours concern these runs alone; anything else is a mistake in the program and stops it."""
+    """A failure concerns these runs alone, also where it is a mistake in this program."""
     try:
         work()
     except EmoSelectError as error:
         return [(run, error) for run in runs]
+    except Exception as error:
+        failure = EmoSelectError(f"A mistake in emo-select ({type(error).__name__}: {error}); please report it.")
+        failure.__cause__ = error
+        return [(run, failure) for run in runs]
     return []
 
 

@@ -16,6 +16,7 @@ from emo_select.checkpoint import open_checkpoint
 from emo_select.errors import CheckpointError, KeepKError, ModelError
 from emo_select.experts.keepset import KeepSet, check_keep_k
 from emo_select.experts.prune import plan_prune, prune_checkpoint
+from emo_select.finetune.merge import MergeOptions, merge_back
 from emo_select.models.families import (
     FAMILIES,
     experts_per_layer,
@@ -235,6 +236,9 @@ def test_prediction_layers_are_left_out(saved: Any, tmp_path: Path) -> None:
     prune_checkpoint(tmp_path / "mtp", keep_set(config, KEPT), tmp_path / "pruned")
     pruned = open_checkpoint(tmp_path / "pruned")
     assert sorted(pruned.layers) == [0, 1, 2] and pruned.config["num_nextn_predict_layers"] == 0
+    merge_back(tmp_path / "pruned", str(tmp_path / "mtp"), tmp_path / "merged", MergeOptions(True, True, True))
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    assert merged.keys() == state.keys() and all(torch.equal(merged[name], state[name]) for name in state)
 
 
 @pytest.mark.parametrize(("changes", "says"), [

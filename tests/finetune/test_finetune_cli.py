@@ -5,7 +5,9 @@ import os
 import shutil
 
 import pytest
-from finetune_cases import GOLDEN, letter_rows, letters
+import torch
+from finetune_cases import GOLDEN, letter_rows, letters, save_family
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from emo_select import ownership
@@ -195,3 +197,29 @@ def test_a_training_that_diverges_names_step_and_last_good_checkpoint(model, own
     message = str(result.exception)
     assert "diverged at step 1" in message and message.count("checkpoint-0") == 1
     assert not (tmp_path / "out" / "training.json").exists()
+
+
+def test_tensors_that_the_model_ignores_and_subfolders_are_kept(own_data, tmp_path):
+    model = tmp_path / "model"
+    save_family("qwen3_moe", model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.arange(4.0)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    result = invoke(*options(model, own_data, tmp_path / "out"))
+    assert result.exit_code == 0, result.exception
+    for folder in sorted((tmp_path / "out").glob("checkpoint-*")):
+        trained = load_file(folder / "model.safetensors")
+        assert trained.keys() == tensors.keys()
+        assert torch.equal(trained["model.layers.0.self_attn.rotary_emb.inv_freq"], torch.arange(4.0))
+        assert (folder / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
+    assert not torch.equal(trained["lm_head.weight"], tensors["lm_head.weight"])
+
+
+def test_a_mistake_in_one_run_leaves_the_others_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("emo_select.finetune.finetune", lambda *given, **more: {}["inv_freq"])
+    result = invoke("run", "-m", "demo/emo", "-t", "demo_railway", "-k", "4,8", "--method", "random", "--limit", 2,
+                    "-o", tmp_path)
+    assert result.exit_code == 1 and not isinstance(result.exception, KeyError)
+    assert len(list(tmp_path.glob("demoemo/*/selected_model"))) == 2
