@@ -119,12 +119,13 @@ def _is_token_files(source: str) -> bool:
         return False
     system, path = filesystem(source)
     try:
+        if not system.exists(path):
+            raise SpecError(f"There are no texts at {source}; give a file, a folder, hf:DATASET, task:NAME or demo.")
         if system.isdir(path):
             return not row_files(source) and bool(token_files_in(source))
         head = system.cat_file(path, start=0, end=4096) if source.endswith((".json", ".txt")) else b""
-    except FileNotFoundError:
-        raise SpecError(f"There are no texts at {source}; give a file, a folder, hf:DATASET, task:NAME or "
-                        "demo.") from None
+    except SpecError:
+        raise
     except Exception as error:
         raise unreachable(source, error) from None
     if source.endswith(".json"):

@@ -42,8 +42,8 @@ class Extraction:
     options: StreamOptions | None = None
 
     def folder(self, model: str) -> Path:
-        """Where a model's part lies."""
-        return self.out / model_directory(model)
+        """Where a model's part lies: a folder named by the last two parts of its name or path, as published."""
+        return self.out / model_directory("/".join(Path(model).parts[-2:]))
 
     @cached_property
     def checkpoints(self) -> dict[str, Checkpoint]:
