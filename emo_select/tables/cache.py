@@ -15,7 +15,7 @@ from pydantic_core import from_json, to_json
 
 from emo_select.tree import cache_directory, write_bytes
 
-FORMAT = 4  # raise when the parsed content changes its shape
+FORMAT = 5  # raise when the parsed content changes its shape
 
 
 @dataclass

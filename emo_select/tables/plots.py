@@ -1,7 +1,8 @@
 """Figures about a tree, at the width of a paper's column pair: vector and PNG, readable without colour.
 
-Colours are Okabe and Ito's (2008), which people with any common colour blindness can tell apart; each method has its
-own marker and dash besides. Bands and bars are 95 % intervals from the standard errors of the summary.
+Colours are Okabe and Ito's (2008), which people with any common colour blindness can tell apart: one per model and
+setting. Each method has a marker, each method and setting a dash. Bands and bars are 95 % intervals from the standard
+errors of the summary. What a figure does not show is said, as a `Problem` of the kind "not drawn".
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +19,7 @@ from emo_select import figures
 from emo_select.errors import UnknownNameError, UsageError
 from emo_select.figures import matplotlib, new_figure, plain, save
 from emo_select.tables.layout import Layout
-from emo_select.tables.pool import Estimate, pool
+from emo_select.tables.pool import Estimate, pool, results_of
 from emo_select.tables.read import Problem, Records, Setting
 from emo_select.tables.summary import SummaryRow, experts_of, is_full, summarise
 
@@ -54,38 +55,65 @@ class View:
     stage: Stage
     rows: list[SummaryRow]
     models: list[str] = field(init=False)
+    settings: list[tuple[str, str]] = field(init=False)
+    """(model, note) of every setting, the default ones of all models first."""
+    left_out: dict[Problem, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.models = self.layout.ordered({row.setting.model for row in self.rows}, self.layout.models)
+        found = {(row.setting.model, row.setting.note()) for row in self.rows}
+        self.settings = sorted(found, key=lambda pair: (pair[1] != "", pair[1], self.models.index(pair[0])))
+
+    def leave_out(self, kind: str, text: str) -> None:
+        """Say what a figure does not show."""
+        self.left_out[Problem("not drawn", kind, text)] = None
 
     def value(self, row: SummaryRow) -> Estimate | None:
         """The row's average at the stage of this view."""
         return row.before if self.stage == "before" else row.after
 
-    def colour(self, model: str) -> str:
-        """One colour per model."""
-        return COLOURS[self.models.index(model) % len(COLOURS)]
+    def colour(self, model: str, note: str = "") -> str:
+        """One colour per model and setting."""
+        pair = (model, note)
+        place = self.settings.index(pair) if pair in self.settings else self.models.index(model)
+        return COLOURS[place % len(COLOURS)]
 
     def number(self, method: str) -> int:
-        """One marker and dash per method."""
+        """One marker per method."""
         known = list(self.layout.methods)
         return known.index(method) if method in known else len(known)
 
-    def usual(self) -> list[SummaryRow]:
-        """Rows of the default setting, or all where there is none."""
-        return [row for row in self.rows if not row.setting.note()] or self.rows
+    def mark(self, method: str, note: str = "") -> dict[str, Any]:
+        """Marker of the method, dash of method and setting."""
+        notes = list(dict.fromkeys(name for _, name in self.settings))
+        dash = self.number(method) + (notes.index(note) if note in notes else 0)
+        return {"marker": MARKERS[self.number(method) % len(MARKERS)], "linestyle": DASHES[dash % len(DASHES)],
+                "markeredgecolor": "white", "markeredgewidth": 0.5}
+
+    def over_keep_k(self, kind: str) -> list[SummaryRow]:
+        """Rows to draw over keep-k, in all settings; numbers of calibration examples have a figure of their own."""
+        rows = [row for row in self.rows if row.setting.examples is None]
+        if rows and len(rows) < len(self.rows):
+            other = {row.setting for row in self.rows} - {row.setting for row in rows}
+            self.leave_out(kind, f"{_settings(len(other))} with a number of calibration examples: see the calibration "
+                                 "figure.")
+        return rows or self.rows
 
     def groups(self, rows: Iterable[SummaryRow]) -> list[str]:
         """Groups of some rows, in order."""
         return self.layout.ordered({row.group for row in rows}, self.layout.groups)
 
 
+def _settings(count: int) -> str:
+    return f"{count} setting{'s' * (count != 1)}"
+
+
 def plot(records: Records, layout: Layout, folder: Path, *, kinds: Sequence[str] = (), stage: Stage | None = None,
          formats: Sequence[str] = ("pdf", "png")) -> tuple[list[Path], list[Problem]]:
-    """Draw the wanted kinds of figure (default: all that have data) into `folder`; returns the files.
+    """Draw the wanted kinds of figure (default: all that have data) into `folder`; returns files and what they lack.
 
-    `stage` None takes after finetuning where anything was finetuned. Raises `UsageError` without matplotlib, or where
-    a kind that was asked for has nothing to show.
+    `stage` None takes the one at which more settings have a value, after finetuning if equal. Raises `UsageError`
+    without matplotlib, or where a kind that was asked for, or every kind, has nothing to show.
     """
     unknown = next((kind for kind in kinds if kind not in FIGURES), None)
     if unknown is not None:
@@ -96,39 +124,53 @@ def plot(records: Records, layout: Layout, folder: Path, *, kinds: Sequence[str]
     with library.rc_context(STYLE):
         for kind in kinds or FIGURES:
             figure = FIGURES[kind](view)
-            if figure is not None:
+            if not isinstance(figure, str):
                 files += [save(figure, folder / f"{kind}-{view.stage}.{suffix}") for suffix in formats]
             elif kinds:
-                raise UsageError(f"There is nothing to show in a {kind} plot {view.stage} finetuning.")
-    return files, problems
+                raise UsageError(f"There is nothing to show in a {kind} plot {view.stage} finetuning: it needs "
+                                 f"{figure}.")
+            else:
+                view.leave_out(kind, f"It needs {figure}.")
+    if not files:
+        needs = "; ".join(f"{note.path}: {note.message.rstrip('.')}" for note in view.left_out)
+        raise UsageError(f"There is nothing to plot {view.stage} finetuning ({needs}).")
+    return files, [*problems, *view.left_out]
 
 
 def _view(records: Records, layout: Layout, stage: Stage | None) -> tuple[View, list[Problem]]:
     layout = layout.naming(records.models)
     rows, problems = summarise(records, layout)
-    chosen: Stage = stage or ("after" if any(row.after for row in rows) else "before")
-    view = View(records, layout, chosen, [])
-    return View(records, layout, chosen, [row for row in rows if view.value(row)]), problems
+    before, after = [row for row in rows if row.before], [row for row in rows if row.after]
+    chosen: Stage = stage or ("after" if after and len(after) >= len(before) else "before")
+    here, there, other = (before, after, "after") if chosen == "before" else (after, before, "before")
+    view = View(records, layout, chosen, here)
+    missing = {row.setting for row in there} - {row.setting for row in here}
+    if missing:
+        view.leave_out("all figures", f"{_settings(len(missing))} with a value {other} finetuning only; --stage "
+                                      f"{other} draws them.")
+    return view, problems
 
 
 # ---- accuracy against keep-k ----
 
 
-def keep_k_figure(view: View) -> Figure | None:
+def keep_k_figure(view: View) -> Figure | str:
     """A panel per group: the first method of the labels and random selection, the full model, sizes above (Fig. 3)."""
-    rows = [row for row in view.usual() if row.setting.method in _first_methods(view)]
-    seen = {row.setting.model for row in rows if row.full}
-    rows += [row for row in view.usual() if row.full and row.setting.model not in seen and row not in rows]
-    if len({row.setting.keep_k for row in rows}) < 2:
-        return None
+    every, first = view.over_keep_k("keep-k"), _first_methods(view)
+    if len({row.setting.keep_k for row in every if row.setting.keep_k}) < 2:
+        return "runs at two keep-k"
+    rows = [row for row in every if row.setting.method in first or row.full]
+    others = sorted({str(view.layout.method(row.setting.method).label) for row in every if row not in rows})
+    if others:
+        view.leave_out("keep-k", f"{', '.join(others)}: see the methods figure.")
     return _panels(view, view.groups(rows), rows, lambda row, group: row.group == group, view.layout.group)
 
 
-def methods_figure(view: View) -> Figure | None:
+def methods_figure(view: View) -> Figure | str:
     """A panel per model and group: all methods (Fig. 4)."""
-    rows = view.usual()
-    if len({row.setting.method for row in rows}) < 2 or len({row.setting.keep_k for row in rows}) < 2:
-        return None
+    rows = view.over_keep_k("methods")
+    if len({row.setting.keep_k for row in rows}) < 2:
+        return "runs at two keep-k"
     pairs = [(m, g) for m in view.models for g in view.groups(rows)
              if len({row.setting.method for row in rows if (row.setting.model, row.group) == (m, g)}) > 1]
     return _panels(view, pairs, rows, lambda row, pair: (row.setting.model, row.group) == pair,
@@ -142,9 +184,9 @@ def _first_methods(view: View) -> set[str]:
 
 
 def _panels(view: View, keys: Sequence[Any], rows: Sequence[SummaryRow], belongs: Callable[[SummaryRow, Any], bool],
-            title: Callable[[Any], str]) -> Figure | None:
+            title: Callable[[Any], str]) -> Figure | str:
     if not keys:
-        return None
+        return "runs of two methods on the same model and tasks"
     figure, axes = _grid(len(keys))
     handles: dict[str, Any] = {}
     for axis, key in zip(axes, keys, strict=False):
@@ -163,12 +205,11 @@ def _curves(axis: Axes, view: View, rows: Sequence[SummaryRow]) -> dict[str, Any
         line = sorted((row for row in members if row.setting.keep_k), key=lambda row: row.setting.keep_k or 0)
         if line:
             handles[_name(view, *series)] = _line(axis, view, line)
-    for model in view.models:
-        full = next((row for row in rows if row.full and row.setting.model == model), None)
-        value = view.value(full) if full else None
+    levels = {(row.setting.model, row.setting.note()): view.value(row) for row in rows if row.full}
+    for (model, note), value in levels.items():
         if value:
-            handles[FULL] = axis.axhline(100 * value.value, color=view.colour(model), linewidth=0.8,
-                                                 linestyle=(0, (6, 3)))
+            handles[FULL] = axis.axhline(100 * value.value, color=view.colour(model, note), linewidth=0.8,
+                                         linestyle=(0, (6, 3)))
     _keep_k_axis(axis, rows)
     axis.set_ylabel(plain(f"{rows[0].metric} (%)") if rows else "")
     return handles
@@ -178,15 +219,10 @@ def _line(axis: Axes, view: View, rows: Sequence[SummaryRow]) -> Any:
     setting, points = rows[0].setting, [(row.setting.keep_k or 0, view.value(row)) for row in rows]
     known = [(x, value.value, Z95 * (value.error or 0)) for x, value in points if value]
     xs, ys = [x for x, _, _ in known], [100 * y for _, y, _ in known]
-    number, colour = view.number(setting.method), view.colour(setting.model)
+    colour = view.colour(setting.model, setting.note())
     low, high = ([100 * min(1, max(0, y + sign * e)) for _, y, e in known] for sign in (-1, 1))
     axis.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
-    return axis.plot(xs, ys, color=colour, **_mark(number))[0]
-
-
-def _mark(number: int) -> dict[str, Any]:
-    return {"marker": MARKERS[number % len(MARKERS)], "linestyle": DASHES[number % len(DASHES)],
-            "markeredgecolor": "white", "markeredgewidth": 0.5}
+    return axis.plot(xs, ys, color=colour, **view.mark(setting.method, setting.note()))[0]
 
 
 def _series(rows: Iterable[SummaryRow]) -> dict[tuple[str, str, str], list[SummaryRow]]:
@@ -241,16 +277,20 @@ def _unit(largest: float) -> tuple[str, float]:
 # ---- calibration size ----
 
 
-def calibration_figure(view: View) -> Figure | None:
-    """A panel per group: accuracy against the number of calibration examples, a line per model, method and keep-k
-    (Fig. 12); random selection, which sees no examples, is a level."""
-    rows = [row for row in view.rows if _only_examples_differ(row.setting)]
-    varied = {(row.setting.model, row.setting.method, row.setting.keep_k, row.group)
-              for row in rows if row.setting.examples is not None}
-    rows = [row for row in rows if (row.setting.model, row.setting.method, row.setting.keep_k, row.group) in varied]
+LineKey = tuple[str, str, int, str, str]
+"""Model, method, keep-k, setting apart from the number of examples, group."""
+
+
+def calibration_figure(view: View) -> Figure | str:
+    """A panel per group: accuracy against the number of calibration examples, a line per model, method, keep-k and
+    other setting (Fig. 12); random selection, which sees no examples, is a dotted level."""
+    varied = {_line_key(row) for row in view.rows if row.setting.examples is not None}
+    places = {(model, keep_k, group) for model, _, keep_k, _, group in varied}
+    rows = [row for row in view.rows if _line_key(row) in varied
+            or (row.setting.method == "random" and (row.setting.model, row.setting.keep_k or 0, row.group) in places)]
     sizes = sorted({row.setting.examples for row in rows if row.setting.examples is not None})
     if not sizes:
-        return None
+        return "runs with a number of calibration examples"
     figure, axes = _grid(len(view.groups(rows)))
     handles: dict[str, Any] = {}
     for axis, group in zip(axes, view.groups(rows), strict=False):
@@ -262,65 +302,93 @@ def calibration_figure(view: View) -> Figure | None:
     return figure
 
 
+def _line_key(row: SummaryRow) -> LineKey:
+    setting = row.setting
+    note = replace(setting, examples=None).note()
+    return setting.model, setting.method, setting.keep_k or 0, note, row.group
+
+
 def _calibration_curves(axis: Axes, view: View, rows: Sequence[SummaryRow], sizes: Sequence[int]) -> dict[str, Any]:
-    places = {n: i for i, n in enumerate([*sizes, None])}
+    places: dict[int | None, int] = {n: i for i, n in enumerate([*sizes, None])}
     keep_ks = sorted({row.setting.keep_k or 0 for row in rows})
-    lines: dict[tuple[str, str, int], list[SummaryRow]] = {}
+    lines: dict[LineKey, list[SummaryRow]] = {}
     for row in rows:
-        lines.setdefault((row.setting.model, row.setting.method, row.setting.keep_k or 0), []).append(row)
+        lines.setdefault(_line_key(row), []).append(row)
     handles = {}
-    for (model, method, keep_k), members in lines.items():
-        known = sorted((places[row.setting.examples], view.value(row)) for row in members)
-        drawn = axis.errorbar(
-            [x for x, _ in known], [100 * value.value for _, value in known if value],
-            [100 * Z95 * (value.error or 0) for _, value in known if value], capsize=2,
-            color=view.colour(model), marker=MARKERS[keep_ks.index(keep_k) % len(MARKERS)],
-            linestyle=DASHES[view.number(method) % len(DASHES)], markeredgecolor="white", markeredgewidth=0.5,
-        )
-        handles[plain(f"{_name(view, model, method, '')}, keep-k {keep_k}")] = drawn
+    for (model, method, keep_k, note, _), members in lines.items():
+        known = sorted(((places[row.setting.examples], value) for row in members if (value := view.value(row))),
+                       key=lambda point: point[0])
+        look = {**view.mark(method, note), "marker": MARKERS[keep_ks.index(keep_k) % len(MARKERS)],
+                "color": view.colour(model, note)}
+        draw = _level if method == "random" else _with_bars
+        handles[plain(f"{_name(view, model, method, note)}, keep-k {keep_k}")] = draw(axis, known, look, len(places))
     axis.set_xticks(list(places.values()), [str(n) if n is not None else "all" for n in places])
     axis.set_xlabel("calibration examples")
     return handles
 
 
-def _only_examples_differ(setting: Setting) -> bool:
-    plain = Setting(model=setting.model, keep_k=setting.keep_k, method=setting.method, examples=setting.examples)
-    return setting == plain and setting.method != "random"
+def _with_bars(axis: Axes, known: Sequence[tuple[int, Estimate]], look: dict[str, Any], width: int) -> Any:
+    return axis.errorbar([x for x, _ in known], [100 * value.value for _, value in known],
+                         [100 * Z95 * (value.error or 0) for _, value in known], capsize=2, **look)
+
+
+def _level(axis: Axes, known: Sequence[tuple[int, Estimate]], look: dict[str, Any], width: int) -> Any:
+    """A dotted line from side to side."""
+    level = 100 * known[-1][1].value
+    return axis.plot([-0.3, width - 0.7], [level, level], alpha=0.6, **{**look, "linestyle": ":"})[0]
 
 
 # ---- drop per task ----
 
 
-def drops_figure(view: View) -> Figure | None:
-    """Heat map: points lost against the full model, rows tasks, columns keep-k, one panel per model; first method."""
-    experts, panels = experts_of(view.records, view.layout), {}
-    for model in view.models:
-        found = _drops(view, model, experts)
-        if found:
-            panels[model] = found
+Drops = dict[tuple[str, int], float]
+"""(task, keep-k) -> points lost."""
+
+
+def drops_figure(view: View) -> Figure | str:
+    """Heat map: points lost against the full model, rows tasks, columns keep-k, one panel per model; the first method
+    in the first of the model's settings that has a full model, the default one where it has."""
+    experts = experts_of(view.records, view.layout)
+    method = next(iter(_first_methods(view) - {"random"}), "random")
+    panels = {model: shown for model in view.models if (shown := _first_drops(view, model, method, experts))}
     if not panels:
-        return None
-    tasks = _tasks_in_order(view, {task for found in panels.values() for task, _ in found})
+        return "a pruned run and the full model on the same task"
+    notes = {model: note for model, (note, _) in panels.items()}
+    others = {row.setting for row in view.rows if not row.full
+              and (row.setting.method, row.setting.note()) != (method, notes.get(row.setting.model))}
+    if others:
+        view.leave_out("drops", f"{_settings(len(others))} beside each model's first one: see the report.")
+    tasks = _tasks_in_order(view, {task for _, found in panels.values() for task, _ in found})
     figure = new_figure(max(WIDTH, 1.5 + 1.5 * len(panels)), max(2.0, 1.2 + 0.14 * len(tasks)))
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axis, (model, found) in zip(axes, panels.items(), strict=True):
+    for axis, (model, (note, found)) in zip(axes, panels.items(), strict=True):
         image = _heat(axis, view, found, tasks)
-        axis.set_title(plain(view.layout.model(model)))
+        axis.set_title(textwrap.fill(_name(view, model, method, note), TITLE_LENGTH))
     figure.colorbar(image, ax=list(axes), label=f"points lost {view.stage} finetuning", shrink=0.6)
     return figure
 
 
-def _drops(view: View, model: str, experts: dict[str, int]) -> dict[tuple[str, int], float]:
-    """(task, keep-k) -> points lost, for the first method of the model's default setting."""
-    found: dict[tuple[str, int], float] = {}
-    method = next(iter(_first_methods(view) - {"random"}), None)
+def _first_drops(view: View, model: str, method: str, experts: dict[str, int]) -> tuple[str, Drops] | None:
+    """Note and drops of the first setting of a model that has any."""
+    for note in [note for name, note in view.settings if name == model]:
+        found = _drops(view, Setting(model=model, keep_k=None, method=method), note, experts)
+        if found:
+            return note, found
+    return None
+
+
+def _drops(view: View, of: Setting, note: str, experts: dict[str, int]) -> Drops:
+    """What the runs of a model and method lose in one setting."""
+    found: Drops = {}
+    shown = {run.setting for run in view.records.runs}
     for group, tasks in view.layout.grouped({run.task for run in view.records.runs}).items():
-        runs = [run for run in view.records.runs if run.task in tasks and run.setting.model == model
-                and not run.setting.note()]
-        values = pool(runs, view.stage, view.layout.metric_of(group)) or pool(runs, view.stage, "primary_score")
+        runs = [run for run in view.records.beside if run.task in tasks and run.setting.model == of.model
+                and run.setting.note() == note]
+        values = pool(runs, view.stage, view.layout.headline(group, results_of(runs)))
         full = {task: value.value for (setting, task), value in values.items() if is_full(setting, experts)}
         found |= {(task, setting.keep_k): 100 * (full[task] - value.value) for (setting, task), value in values.items()
-                  if task in full and setting.method == method and setting.keep_k and not is_full(setting, experts)}
+                  if task in full and setting in shown and setting.method == of.method and setting.keep_k
+                  and not is_full(setting, experts)}
     return found
 
 
@@ -347,19 +415,19 @@ def _heat(axis: Axes, view: View, found: dict[tuple[str, int], float], tasks: Se
 # ---- size against accuracy ----
 
 
-def pareto_figure(view: View) -> Figure | None:
+def pareto_figure(view: View) -> Figure | str:
     """Weights on disk against the mean over groups for every setting of every model, and the front as steps."""
     points = _points(view)
     if len(points) < 2:
-        return None
+        return "two settings that have the same groups, with known sizes"
     figure = new_figure(4.5, 2.8)
     axis = figure.subplots()
     handles: dict[str, Any] = {}
     unit, scale = _unit(max(size for _, size, _ in points))
     points = [(series, size / scale, mean) for series, size, mean in points]
     for (model, method, note), x, y in points:
-        number = view.number(method)
-        drawn = axis.plot(x, y, linestyle="", color=view.colour(model), marker=MARKERS[number % len(MARKERS)])[0]
+        look = {**view.mark(method, note), "linestyle": ""}
+        drawn = axis.plot(x, y, color=view.colour(model, note), **look)[0]
         handles.setdefault(_name(view, model, method, note), drawn)
     front = pareto_front([(x, y) for _, x, y in points])
     xs, ys = zip(*front, (max(x for _, x, _ in points), front[-1][1]), strict=True)
@@ -378,7 +446,7 @@ def pareto_figure(view: View) -> Figure | None:
 def _points(view: View) -> list[tuple[tuple[str, str, str], float, float]]:
     """Series, bytes and mean per setting that has every group which at least half of the settings have."""
     by_setting: dict[Setting, dict[str, SummaryRow]] = {}
-    for row in view.usual():
+    for row in view.rows:
         by_setting.setdefault(row.setting, {})[row.group] = row
     counts = Counter(group for found in by_setting.values() for group in found)
     shared = [group for group, count in counts.items() if 2 * count >= len(by_setting)]
@@ -389,6 +457,10 @@ def _points(view: View) -> list[tuple[tuple[str, str, str], float, float]]:
         if size and values and len(values) == len(shared):
             mean = fmean(100 * value.value for value in values if value)
             points.append(((setting.model, setting.method, setting.note()), float(size), mean))
+    if len(points) < len(by_setting):
+        names = ", ".join(view.layout.group(group) for group in shared) or "any group that half of all have"
+        count = _settings(len(by_setting) - len(points))
+        view.leave_out("pareto", f"{count} without {names}, or without a known size.")
     return points
 
 
@@ -422,7 +494,7 @@ def _legend(figure: Figure, handles: dict[str, Any]) -> None:
     figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns, fontsize=7)
 
 
-FIGURES: dict[str, Callable[[View], Figure | None]] = {
+FIGURES: dict[str, Callable[[View], Figure | str]] = {  # a figure, or what it would need
     "keep-k": keep_k_figure,
     "methods": methods_figure,
     "calibration": calibration_figure,

@@ -22,6 +22,7 @@ from emo_select.errors import SpecError, UnknownNameError, UsageError, keywords_
 from emo_select.faults import translated
 from emo_select.spec import RunName, RunSpec, parse_directory_name
 from emo_select.tables.cache import FileCache
+from emo_select.tables.words import other_settings
 from emo_select.tree import RunPaths, Tree
 
 if TYPE_CHECKING:
@@ -332,24 +333,8 @@ def _parse_record(data: bytes) -> dict[str, Any]:
     except (SpecError, UnknownNameError, KeyError, TypeError, AttributeError) as error:
         return {"error": f"It is not a run record ({error}); the folder's name is used."}
     return {"record": {"model": spec.model, "path": spec.model_path, "name": spec.directory_name,
-                       "selects": spec.selects, "seed": spec.calibration.seed, "variant": _other_settings(spec),
+                       "selects": spec.selects, "seed": spec.calibration.seed, "variant": other_settings(spec),
                        "stages": stages}}
-
-
-_SHOWN = {"calibration": {"num_examples", "num_shots", "seed"}, "evaluation": {"num_shots"},
-          "training": {"batch_size", "learning_rate", "epochs"}}
-
-
-def _other_settings(spec: RunSpec) -> str | None:
-    """What differs from the defaults and has no column or word of its own, such as `evaluation limit=100`."""
-    changed = spec.model_dump(mode="json", exclude_defaults=True,
-                              exclude={"model", "task", "keep_k", "method", "selects", "model_path", "model_folder"})
-    if spec.method == "random":
-        changed.pop("calibration", None)  # it sees no texts
-    words = [f"{name}={value}" for name, value in changed.items() if name not in _SHOWN]
-    for part, shown in _SHOWN.items():
-        words += [f"{part} {name}={value}" for name, value in changed.get(part, {}).items() if name not in shown]
-    return ", ".join(words) or None
 
 
 def _stage(stage: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -15,9 +16,11 @@ from typer.testing import CliRunner
 
 from emo_select.cli import table as commands
 from emo_select.errors import SpecError, UnknownNameError, UsageError
+from emo_select.spec import RunSpec
 from emo_select.tables import Filters, Records, Table, load_layout, load_tree, make, render
 from emo_select.tables.pool import Estimate, over_seeds, over_tasks
 from emo_select.tables.summary import summarise
+from emo_select.tables.words import other_settings
 from emo_select.tree import write_json
 
 
@@ -96,9 +99,20 @@ def test_other_settings_are_told_in_words(tmp_path: Path) -> None:
         add_run(tmp_path, keep_k=8, method="random", calibration={"seed": seed}, evaluation={"limit": 100},
                 training={"freeze": "routed"})
     [row] = rows(load_tree(tmp_path))
-    assert (row["setting"], row["seeds"]) == ("evaluation limit=100, training freeze=routed", 2)
+    assert (row["setting"], row["seeds"]) == ("first 100 documents, freeze routed", 2)
     next((tmp_path / "demoemo").glob("*/run.json")).unlink()
-    assert {str(row["setting"]).split()[0] for row in rows(load_tree(tmp_path))} == {"evaluation", "variant"}
+    assert {str(row["setting"]).split()[0] for row in rows(load_tree(tmp_path))} == {"first", "variant"}
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"training": {"lora": {}}}, "LoRA"), ({"training": {"lora": {"rank": 8, "merge": True}}}, "LoRA rank 8 merged"),
+    ({"calibration": {"file": "/data/own.jsonl"}, "score": "gate_mass"}, "ranked by gate mass, texts of own.jsonl"),
+    ({"calibration": {"leave_out_shots": True}, "method": "random"}, "without shot rows"),
+    ({"training": {"weight_decay": 0.1}, "evaluation": {"max_length": 512}}, "inputs of 512 tokens, weight decay 0.1"),
+    ({"training": {"loss_limit": 7.5}}, "training loss limit 7.5"), ({"calibration": {"num_examples": 3}}, None),
+])
+def test_settings_read_as_words(fields: dict[str, Any], words: str | None) -> None:
+    assert other_settings(RunSpec.parse({"model": "a/b", "task": "t", "keep_k": 4, **fields})) == words
 
 
 def test_results_count_wins_on_shared_tasks_and_ties_for_both(tmp_path: Path) -> None:
