@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE # else every process would compile everything again
 
-.PHONY: demo test lint types unit slurm kills clean
+.PHONY: demo test lint types docs unit slurm kills clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,13 +21,16 @@ demo: $(VENV)/installed  ## select, prune, finetune, evaluate and table the two 
 	$(BIN)/emo-select run --model demo/emo,demo/stdmoe --task demo_railway,demo_theater \
 	  --keep-k full,50%,25%,12.5% --method layerwise,easy_ep,random --batch-size 16 --micro-batch-size 16 --lr 1e-3
 
-test: lint types unit  ## everything but the tests on a real Slurm
+test: lint types docs unit  ## everything but the tests on a real Slurm
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 
 types: $(VENV)/installed-dev
 	$(BIN)/mypy
+
+docs: $(VENV)/installed-dev  ## the guides as a site that reads offline, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 unit: $(VENV)/installed-dev
 	$(BIN)/pytest -n 2 --dist worksteal -m 'not slurm'
