@@ -70,6 +70,55 @@ def test_the_grouped_product_multiplies_each_row_by_its_experts_matrix(transpose
     assert torch.allclose(grouped_product(x, w, sizes, trans_b=transposed), expected, atol=0.1, rtol=0.02)
 
 
+@pytest.fixture
+def router():
+    """A router of 5 experts, the last shared, and what it is given for 2 rows of 6 tokens in 3 documents."""
+    from emo_select.pretrain.engine.router import EmoRouterConfig
+
+    def build(**changes):
+        torch.manual_seed(0)
+        made = EmoRouterConfig(top_k=3, num_shared_experts=1, min_document_expert_pool=2,
+                               max_document_expert_pool=2, **changes).build(
+            8, 5, lb_loss_weight=0.1, z_loss_weight=0.01)
+        torch.nn.init.normal_(made.weight)
+        made.documents, made.sizes = torch.tensor([0] * 6 + [1] * 2 + [2] * 4), torch.tensor([2, 2, 2])
+        return made
+
+    return build
+
+
+def test_unmasked_losses_do_not_see_the_pool(router):
+    x = torch.randn(2, 6, 8)
+    losses = {}
+    for name, changes in {"masked": {}, "balance": {"unmasked_balance": True}, "z": {"unmasked_z": True}}.items():
+        made = router(**changes)
+        made(x, loss_div_factor=torch.tensor(12.0))
+        losses[name] = (float(made.load_balancing_loss), float(made.z_loss))
+    logits = router().get_expert_logits(x).flatten(0, 1)[:, :4]
+    assert losses["z"][1] == pytest.approx(float(logits.logsumexp(-1).square().mean()), rel=1e-5)
+    assert losses["balance"][1] == losses["masked"][1] < losses["z"][1]
+    assert losses["z"][0] == losses["masked"][0] != losses["balance"][0]
+
+
+def test_documents_stay_in_their_pools_and_evaluation_adds_no_loss(router):
+    made = router()
+    made.eval()
+    weights, experts, counts, losses = made(torch.randn(2, 6, 8))
+    assert losses is None and counts.sum() == 36
+    assert (experts[..., 2] == 4).all() and (weights[..., 2] == 1).all()
+    for document in range(3):
+        assert len(experts.view(12, 3)[made.documents == document, :2].unique()) == 2
+
+
+def test_pools_below_the_top_k_are_refused(router):
+    from emo_select.errors import SpecError
+    from emo_select.pretrain.engine.router import EmoRouterConfig
+
+    with pytest.raises(SpecError, match="at least the 3 routed experts"):
+        EmoRouterConfig(top_k=4, num_shared_experts=1, min_document_expert_pool=2,
+                        max_document_expert_pool=4).build(8, 5)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_model_trains_on_a_gpu_as_on_the_cpu(tmp_path):

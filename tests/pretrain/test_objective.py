@@ -177,6 +177,15 @@ def test_equal_sums_take_the_lower_expert():
     assert objective.document_pools(torch.full((1, 6), 0.5), torch.tensor([2])).tolist() == [[True, True] + [False] * 4]
 
 
+def test_pools_by_probability_hold_as_many_experts_as_it_takes():
+    probability = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.9, 0.04, 0.03, 0.03]])
+    documents = torch.tensor([0, 1])
+    for top_p, wanted in ((0.6, [2, 1]), (0.85, [3, 1]), (0.97, [4, 3])):
+        assert objective.sizes_by_probability(probability.log(), documents, top_p, 1, 4).tolist() == wanted
+    assert objective.sizes_by_probability(probability.log(), documents, 0.97, 1, 2).tolist() == [2, 2]
+    assert objective.sizes_by_probability(probability.log(), documents, 0.1, 2, 4).tolist() == [2, 2]
+
+
 @pytest.mark.parametrize("sizes", [(2, 9), (5, 4)])
 def test_pools_below_the_top_k_are_refused(sizes):
     with pytest.raises(SpecError, match="at least the 3 routed experts"):
