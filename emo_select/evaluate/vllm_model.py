@@ -1,7 +1,7 @@
 """EMO for vLLM: its OLMoE with EMO's norms and routing, without query/key norms. Imported by vLLM only.
 
-Written against vLLM 0.11 to 0.28; it has not been run here, where vLLM cannot be installed. What does not need vLLM
-(registration, tensor names, routing) is in `emo_select.evaluate.vllm` and tested.
+`docs/evaluation.md` names the releases of vLLM that the tests run. What does not need vLLM (registration, tensor names,
+routing) is in `emo_select.evaluate.vllm`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class EmoDecoderLayer(OlmoeDecoderLayer):
 class EmoForCausalLM(OlmoeForCausalLM):
     """EMO and its older name, from the published tensor layout."""
 
-    hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr=RENAMED)
+    # newer releases stack q, k and v by the parent's mapper, older ones while loading
+    hf_to_vllm_mapper = getattr(OlmoeForCausalLM, "hf_to_vllm_mapper", WeightsMapper()) | WeightsMapper(
+        orig_to_new_substr=RENAMED)
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
