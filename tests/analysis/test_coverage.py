@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from analysis_cases import MODELS, corpus_of
 
 from emo_select.analysis.corpus import Corpus
 from emo_select.analysis.coverage import KINDS, Coverage, collect, colour_limits, heatmaps, shown_layers, summarise
@@ -15,7 +16,6 @@ from emo_select.analysis.layout import LayerInfo
 from emo_select.analysis.tokenfiles import Published, published_sample, topic_mix
 from emo_select.checkpoint import open_checkpoint
 from emo_select.errors import SpecError
-from tests.analysis.conftest import MODELS, corpus_of
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from analysis_cases import MODELS
+from golden_fits import Golden
 
 from emo_select.analysis.embeddings import embedding
 from emo_select.analysis.fit import Fitting, cluster, draw_balanced, fit, unit
@@ -16,8 +18,6 @@ from emo_select.analysis.layout import ModelFolder
 from emo_select.analysis.pca import fit_pca
 from emo_select.analysis.quality import adjusted_rand, published_quality, survival
 from emo_select.errors import SpecError, UnknownNameError
-from tests.analysis.conftest import MODELS
-from tests.analysis.golden_runs import Golden
 
 Build = Callable[..., ModelFolder]
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from analysis_cases import MODELS
+from golden_fits import Golden
 
 from emo_select.analysis.describe import sums_by_group
 from emo_select.analysis.fit import Fitting, fit, nearest_places
@@ -16,8 +18,6 @@ from emo_select.analysis.label import label
 from emo_select.analysis.layout import ModelFolder
 from emo_select.analysis.published import cluster_samples, derive, document_means, summary, write_published
 from emo_select.errors import EmoSelectError
-from tests.analysis.conftest import MODELS
-from tests.analysis.golden_runs import Golden
 
 
 @pytest.fixture(params=MODELS)

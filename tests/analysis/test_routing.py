@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from analysis_cases import MODELS, corpus_of
 
 from emo_select.analysis.corpus import Corpus
 from emo_select.analysis.layout import ModelFolder
@@ -18,7 +19,6 @@ from emo_select.errors import SpecError
 from emo_select.experts import StreamOptions
 from emo_select.experts.stream import Reader
 from emo_select.models import load_model
-from tests.analysis.conftest import MODELS, corpus_of
 
 Build = Callable[..., ModelFolder]
 

@@ -1,12 +1,8 @@
 """Runs in vLLM's environment: log-probabilities of prompts and greedy continuations, model by model."""
 
 import json
-import os
 import sys
 from pathlib import Path
-
-os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from vllm import LLM, SamplingParams
 

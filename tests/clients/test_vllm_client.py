@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from client_calls import in_environment
 from made_checkpoints import expected, prompts, prune, save_emo, save_stock
+
+from emo_select.evaluate import EvalOptions, evaluate_checkpoint
+from emo_select.tasks import get_tasks
 
 pytestmark = pytest.mark.client
 NEW_TOKENS = 8
@@ -19,7 +24,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     emo = save_emo(root / "emo")
     plain = save_emo(root / "plain", num_experts=16, num_shared_experts=0)
     qwen = save_stock("Qwen3Moe", root / "qwen", num_experts=16, moe_intermediate_size=32, head_dim=32)
-    olmoe = save_stock("Olmoe", root / "olmoe", num_experts=16)
+    olmoe = save_stock("Olmoe", root / "olmoe_full", num_experts=16)
     return {
         "emo_16": prune(emo, root / "emo_16", 16), "emo_3": prune(emo, root / "emo_3", 3),
         "emo_shards": prune(emo, root / "emo_shards", 16, max_shard_size="300KB"),
@@ -36,3 +41,34 @@ def test_vllm_gives_the_same_numbers(checkpoints: dict[str, Path], ask: Any) -> 
         for seen, wanted in zip(answers[name], expected(path, job["rows"], NEW_TOKENS), strict=True):
             assert seen["log_probabilities"] == pytest.approx(wanted["log_probabilities"], abs=1e-4), name
             assert seen["tokens"] == wanted["tokens"], name
+
+
+def test_eval_with_vllm_equals_the_default_backend(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """By choice and by generation, on a context shorter than the default length, which is said."""
+    tasks, model = ("demo_railway", "demo_theater"), checkpoints["emo_16"]
+    done = in_environment("vllm", "-m", "emo_select", "eval", "--model", str(model), "--task", ",".join(tasks),
+                          "--limit", "12", "--backend", "vllm", "--output-dir", str(tmp_path / "vllm"))
+    assert "512 tokens" in done.stderr
+    evaluate_checkpoint(model, get_tasks(list(tasks)), tmp_path / "hf", EvalOptions(limit=12, device="cpu"))
+    for task in tasks:
+        ours, theirs = (predictions(tmp_path / backend, task) for backend in ("hf", "vllm"))
+        assert len(ours) == 12
+        assert numbers(theirs) == pytest.approx(numbers(ours), abs=1e-3)
+        assert [row.get("doc_id") for row in theirs] == [row.get("doc_id") for row in ours]
+
+
+def test_what_vllm_cannot_run_is_one_sentence(tmp_path: Path) -> None:
+    uneven = save_emo(tmp_path / "uneven", num_experts_per_layer=[8, 16], num_shared_experts_per_layer=[1, 1])
+    done = in_environment("vllm", "-m", "emo_select", "eval", "--model", str(uneven), "--task", "demo_railway",
+                          "--limit", "1", "--backend", "vllm", "--output-dir", str(tmp_path / "out"), code=2)
+    assert "Traceback" not in done.stderr and "--backend hf" in done.stderr
+
+
+def predictions(folder: Path, task: str) -> list[dict[str, Any]]:
+    file = next(folder.rglob(f"task-{task}-predictions.jsonl"))
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def numbers(rows: list[dict[str, Any]]) -> list[float]:
+    """Every number of the metrics, row by row."""
+    return [value for row in rows for _, value in sorted(row["metrics"].items()) if isinstance(value, int | float)]
