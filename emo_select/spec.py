@@ -20,8 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from emo_select import progress
 from emo_select.errors import KeepKError, SpecError, UnknownNameError
 
-METHODS = ("layerwise", "easy_ep", "random", "global", "frequency", "gate_mass", "ean", "reap")
-SCORES = ("router_probability", "frequency", "gate_mass", "easy_ep", "ean", "reap")
+METHODS = ("layerwise", "easy_ep", "random", "global", "frequency", "gate_mass", "ean", "reap",
+           "reap_renormalised")
+SCORES = ("router_probability", "frequency", "gate_mass", "easy_ep", "ean", "reap", "reap_renormalised")
 
 _NAME = re.compile(
     r"(?P<task>.+)_keepk_(?P<keep_k>\d+)_bs-(?P<batch>\d+)_lr-(?P<lr>[^_]+)_epoch-(?P<epochs>[^_]+)"

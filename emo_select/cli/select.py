@@ -24,7 +24,7 @@ TaskNames = Annotated[list[str] | None, typer.Option(
     "--task", "-t", help="Task or group; see `emo-select tasks`. With weights, such as a:2 and b:1, they are mixed.",
     rich_help_panel=RUN, autocompletion=completion.tasks)]
 Score = Annotated[str, typer.Option("--score", rich_help_panel=RUN, autocompletion=completion.scores, help=(
-    "What layerwise ranks by: router_probability, frequency, gate_mass, easy_ep, ean or reap."))]
+    "What layerwise ranks by: router_probability, frequency, gate_mass, easy_ep, ean, reap or reap_renormalised."))]
 NumShared = Annotated[int | None, typer.Option("--num-shared", min=0, show_default="all", rich_help_panel=RUN,
                                                help="Shared experts kept per layer.")]
 Schedule = Annotated[list[str] | None, typer.Option(
@@ -78,7 +78,7 @@ def activations(
 ) -> None:
     """Collect how every expert is used, in one pass through the unpruned model.
 
-    The statistics serve easy_ep, global, frequency, gate_mass, ean and reap at any keep-k. Several tasks go into one
+    The statistics serve every method but layerwise and random at any keep-k. Several tasks go into one
     pass with --out, else into one folder each.
     """
     texts = _calibration(num_examples, seed, num_shots, leave_out_shots, calibration, thinking, max_length)

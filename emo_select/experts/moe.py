@@ -61,7 +61,9 @@ class Recorder(threading.local):
         """L2 norms (T, K) in fp32 of the chosen experts' outputs, before weighting."""
         self._norms = norms
         self._add_chosen("norm", norms)
-        self._add_chosen("reap", self._renormalised() * norms)
+        self._add_chosen("reap", self._gates * norms)
+        if "reap_renormalised" in self.sums.values:
+            self._add_chosen("reap_renormalised", self._renormalised() * norms)
 
     def finished(self, hidden: Tensor, output: Tensor) -> None:
         """Input and output (T, D) of the whole block, separate shared experts included."""

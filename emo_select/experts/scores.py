@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from emo_select.errors import CheckpointError, NumericError, SpecError, UnknownNameError
+from emo_select.experts.methods import STATISTICS
 from emo_select.tree import read_json, write_bytes, write_json
 
 TENSORS, RECORD = "scores.safetensors", "scores.json"
-FORMAT = 1
 
 SUMS: Mapping[str, str] = {
     "probability": "router probability over all tokens",
@@ -26,9 +26,10 @@ SUMS: Mapping[str, str] = {
     "gate": "routing weight over the tokens routed to the expert",
     "easy_ep": "router probability × output norm × (1 − cos(h, h + MoE(h))) over those tokens",
     "norm": "L2 norm of the expert's output over those tokens",
-    "reap": "routing weight, renormalised over the token's top-k, × output norm over those tokens",
+    "reap": "routing weight × output norm over those tokens",
+    "reap_renormalised": "routing weight, divided by their sum over the token's top-k, × output norm over those tokens",
 }
-NEEDS_EXPERTS = frozenset({"easy_ep", "norm", "reap"})
+NEEDS_EXPERTS = frozenset({"easy_ep", "norm", "reap", "reap_renormalised"})
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def _per_use(total: Tensor, count: Tensor) -> Tensor:
 
 
 # router_probability: EMO, arXiv 2605.06663, selection appendix. easy_ep: arXiv 2504.06792, eq. for output-aware
-# importance, accumulated in fp64. reap: arXiv 2510.13999. frequency, gate_mass, ean: the usual baselines there.
+# importance, accumulated in fp64. reap: arXiv 2510.13999, with the gate that the model applies. frequency, gate_mass, ean: the usual baselines there.
 CRITERIA: Mapping[str, Criterion] = {
     "router_probability": Criterion(("probability",), lambda s, tokens: s["probability"] / max(tokens, 1)),
     "frequency": Criterion(("count",), lambda s, tokens: s["count"] / max(tokens, 1)),
@@ -57,6 +58,8 @@ CRITERIA: Mapping[str, Criterion] = {
     "easy_ep": Criterion(("easy_ep",), lambda s, tokens: s["easy_ep"]),
     "ean": Criterion(("norm", "count"), lambda s, tokens: _per_use(s["norm"], s["count"])),
     "reap": Criterion(("reap", "count"), lambda s, tokens: _per_use(s["reap"], s["count"])),
+    "reap_renormalised": Criterion(
+        ("reap_renormalised", "count"), lambda s, tokens: _per_use(s["reap_renormalised"], s["count"])),
 }
 
 
@@ -142,7 +145,7 @@ class Scores:
         write_bytes(folder / TENSORS, save(tensors))
         experts = [layer.experts if layer else 0 for layer in self.layers]
         write_json(folder / RECORD, {
-            "format": FORMAT, "groups": self.groups, "tokens": self.tokens, "examples": self.examples,
+            "format": STATISTICS, "groups": self.groups, "tokens": self.tokens, "examples": self.examples,
             "experts_per_layer": experts, "sums": dict(SUMS), **self.record})
 
     @classmethod

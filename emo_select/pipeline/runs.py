@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from emo_select import names, record
 from emo_select.errors import CheckpointError
+from emo_select.experts.methods import STATISTICS
 from emo_select.spec import Execution, RunSpec, digest
 from emo_select.tree import RunPaths, Tree
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 ABSENT = "not on this machine"
 STAGES = ("activations", "select", "prune", "finetune", "eval")
-ONE_PASS = ("easy_ep", "global", "frequency", "gate_mass", "ean", "reap")
+ONE_PASS = ("easy_ep", "global", "frequency", "gate_mass", "ean", "reap", "reap_renormalised")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class Run:
 def _activations_depend(run: Run) -> dict[str, Any]:
     chosen = run.spec.calibration
     texts = _file_digest(chosen.file) if chosen.file else run.task.fingerprint()
-    return {"model": run.source.forward_fingerprint, "texts": texts, "calibration": chosen.model_dump()}
+    return {"model": run.source.forward_fingerprint, "texts": texts, "calibration": chosen.model_dump(),
+            "statistics": STATISTICS}
 
 
 def _select_depends(run: Run) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Hooked:
         self.model, self.family, self.config = model, family_of(config), config
         counts = experts_per_layer(config)
         self.sums = [{name: torch.zeros(count, dtype=torch.float64) for name in
-                      ("probability", "count", "gate", "norm", "reap", "easy_ep")} for count in counts]
+                      ("probability", "count", "gate", "norm", "reap", "reap_renormalised", "easy_ep")} for count in counts]
         self.tokens = 0
 
     def run(self, ids: Sequence[Sequence[int]]) -> Hooked:
@@ -74,7 +74,7 @@ class Hooked:
         used = s["count"].clamp(min=1)
         return {"router_probability": s["probability"] / self.tokens, "frequency": s["count"] / self.tokens,
                 "gate_mass": s["gate"] / self.tokens, "easy_ep": s["easy_ep"], "ean": s["norm"] / used,
-                "reap": s["reap"] / used}[name].tolist()
+                "reap": s["reap"] / used, "reap_renormalised": s["reap_renormalised"] / used}[name].tolist()
 
     def _attach(self, layer: int) -> list[Any]:
         decoder = self.model.model.layers[layer]
@@ -101,7 +101,7 @@ class Hooked:
             norm = experts(hidden[token], everywhere, torch.ones(len(token), 1)).norm(dim=-1)
             peers = (gates * ((index >= shared_from) == (expert >= shared_from))).sum(-1)[token]
             for name, value in (("count", torch.ones(len(token))), ("gate", gate), ("norm", norm),
-                                ("reap", gate / peers * norm),
+                                ("reap", gate * norm), ("reap_renormalised", gate / peers * norm),
                                 ("easy_ep", probability[token, expert] * norm * turn[token])):
                 sums[name][expert] += value.sum(dtype=torch.float64)
 
