@@ -33,8 +33,8 @@ Tasks = Annotated[list[str], typer.Option("--task", "-t", help="Task or group; s
 KeepKs = Annotated[list[str], typer.Option(
     "--keep-k", "-k", help="Experts kept per layer, shared ones included: 16, 12.5% or full.", rich_help_panel=RUN)]
 Methods = Annotated[list[str], typer.Option(
-    "--method", help="layerwise, easy_ep, random, global, frequency, gate_mass, ean, reap or reap_renormalised.", rich_help_panel=RUN,
-    autocompletion=completion.methods)]
+    "--method", help="layerwise, easy_ep, random, global, frequency, gate_mass, ean, reap or reap_renormalised.",
+    rich_help_panel=RUN, autocompletion=completion.methods)]
 OutputDir = Annotated[str | None, typer.Option(
     "--output-dir", "-o", envvar="EMO_SELECT_OUTPUT_DIR", show_default="selective_evals_final",
     help="Root of the run tree.", rich_help_panel=OUTPUT)]

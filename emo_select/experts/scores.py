@@ -50,7 +50,8 @@ def _per_use(total: Tensor, count: Tensor) -> Tensor:
 
 
 # router_probability: EMO, arXiv 2605.06663, selection appendix. easy_ep: arXiv 2504.06792, eq. for output-aware
-# importance, accumulated in fp64. reap: arXiv 2510.13999, with the gate that the model applies. frequency, gate_mass, ean: the usual baselines there.
+# importance, accumulated in fp64. reap: arXiv 2510.13999, with the gate that the model applies. frequency, gate_mass,
+# ean: the usual baselines there.
 CRITERIA: Mapping[str, Criterion] = {
     "router_probability": Criterion(("probability",), lambda s, tokens: s["probability"] / max(tokens, 1)),
     "frequency": Criterion(("count",), lambda s, tokens: s["count"] / max(tokens, 1)),

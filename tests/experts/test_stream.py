@@ -54,8 +54,8 @@ class Hooked:
     def __init__(self, model: Any, config: dict[str, Any]) -> None:
         self.model, self.family, self.config = model, family_of(config), config
         counts = experts_per_layer(config)
-        self.sums = [{name: torch.zeros(count, dtype=torch.float64) for name in
-                      ("probability", "count", "gate", "norm", "reap", "reap_renormalised", "easy_ep")} for count in counts]
+        names = ("probability", "count", "gate", "norm", "reap", "reap_renormalised", "easy_ep")
+        self.sums = [{name: torch.zeros(count, dtype=torch.float64) for name in names} for count in counts]
         self.tokens = 0
 
     def run(self, ids: Sequence[Sequence[int]]) -> Hooked:
