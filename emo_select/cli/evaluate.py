@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from emo_select.evaluate import EvalOptions
+    from emo_select.experts import KeepSet
     from emo_select.tasks import Task
 
 Models = Annotated[list[str] | None, typer.Option("--model", "-m", help=common.MODEL_HELP,
@@ -108,9 +109,11 @@ def evaluate(
         folder = _folders(models, out, output_dir)[models[0]]
         _sweep(models, found, common.keep_ks([sweep_keep_k]), method, options, folder, texts, as_json=as_json)
         return
-    folders = _folders(models, out, output_dir)
-    scores = {name: _score(name, found, folder, options, keep_set) for name, folder in folders.items()}
-    _show(scores, folders, found, as_json=as_json)
+    folders = {name: _places(name, folder, found, options, keep_set)
+               for name, folder in _folders(models, out, output_dir).items()}
+    for name, places in folders.items():
+        _score(name, found, places, options, keep_set)
+    _show(folders, found, as_json=as_json)
 
 
 def _asked(model: list[str] | None, revision: str | None, task: list[str] | None) -> tuple[list[str], list[str]]:
@@ -158,15 +161,33 @@ def _as_data(folder: Path, task: Task) -> dict[str, Any]:
             "metrics": content["metrics"], "standard_errors": content["standard_errors"]}
 
 
-def _score(model: str, tasks: Sequence[Task], folder: Path, options: EvalOptions, keep_set: Path | None
-           ) -> dict[str, dict[str, Any]]:
-    from emo_select.evaluate import evaluate_checkpoint, evaluate_keep_set
+def _places(model: str, folder: Path, tasks: Sequence[Task], options: EvalOptions, keep_set: Path | None
+            ) -> dict[str, Path]:
+    """The folder of each task's results, in which no other evaluation's are."""
+    from emo_select.errors import SpecError
+    from emo_select.evaluate.curve import name_of
+    from emo_select.evaluate.places import place
+
+    if len({task.name for task in tasks}) < len(tasks):
+        raise SpecError("Two of the task files have the same name; give one of them another, or evaluate them apart.")
+    name = name_of(_keep_set(keep_set)) if keep_set is not None else None
+    return {task.name: place(folder, model, task, options, name) for task in tasks}
+
+
+def _keep_set(given: Path) -> KeepSet:
     from emo_select.experts import KeepSet
 
+    return KeepSet.load(given / "selection.json" if given.is_dir() else given)
+
+
+def _score(model: str, tasks: Sequence[Task], places: Mapping[str, Path], options: EvalOptions, keep_set: Path | None
+           ) -> None:
+    from emo_select.evaluate import evaluate_checkpoint, evaluate_keep_set
+
     if keep_set is None:
-        return evaluate_checkpoint(model, tasks, folder, options)
-    path = keep_set / "selection.json" if keep_set.is_dir() else keep_set
-    return evaluate_keep_set(model, tasks, KeepSet.load(path), folder, options)
+        evaluate_checkpoint(model, tasks, places, options)
+    else:
+        evaluate_keep_set(model, tasks, _keep_set(keep_set), places, options)
 
 
 def _sweep(models: Sequence[str], tasks: Sequence[Task], keep_ks: Sequence[str], method: str, options: EvalOptions,
@@ -232,19 +253,20 @@ def _folders(models: Sequence[str], out: Path | None, output_dir: str | None) ->
     return folders
 
 
-def _show(scores: dict[str, dict[str, dict[str, Any]]], folders: dict[str, Path], tasks: Sequence[Task], *,
-          as_json: bool) -> None:
+def _show(folders: Mapping[str, Mapping[str, Path]], tasks: Sequence[Task], *, as_json: bool) -> None:
     from emo_select.evaluate import parallel
     from emo_select.progress import say
 
     if not parallel.is_first():
         return
     if as_json:
-        common.emit({model: {task.name: _as_data(folders[model], task) for task in tasks} for model in scores})
+        common.emit({model: {task.name: _as_data(places[task.name], task) for task in tasks}
+                     for model, places in folders.items()})
         return
     width = max(len(task.name) for task in tasks)
-    for model in scores:
+    for model, places in folders.items():
         typer.echo(model)
         for task in tasks:
-            _print_scores(f"  {task.name:{width}}", folders[model], task)
-        say(f"Files: {folders[model].resolve()}")
+            _print_scores(f"  {task.name:{width}}", places[task.name], task)
+        for folder in dict.fromkeys(places.values()):
+            say(f"Files: {folder.resolve()}")

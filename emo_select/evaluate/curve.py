@@ -15,6 +15,7 @@ from emo_select.checkpoint import Checkpoint, open_checkpoint
 from emo_select.errors import SpecError, UnknownNameError
 from emo_select.evaluate import parallel
 from emo_select.evaluate.options import EvalOptions
+from emo_select.evaluate.places import place
 from emo_select.evaluate.results import read_scores
 from emo_select.evaluate.room import require_room
 from emo_select.evaluate.run import Evaluator, load_engine
@@ -62,20 +63,25 @@ def sweep_keep_k(
 
 def evaluate_masked(
     engine: SharedPrefixLM, config: Mapping[str, Any], model: str, tasks: Sequence[Task], keep_set: KeepSet,
-    out_dir: Path, options: EvalOptions,
+    out_dir: Path | Mapping[str, Path], options: EvalOptions,
 ) -> dict[str, dict[str, Any]]:
     """Metrics by task of a loaded full model that routes to the experts of `keep_set` only; writes result files."""
     from emo_select.evaluate.masking import masked
 
-    name = digest([None if kept is None else list(kept) for kept in keep_set.experts])
     with masked(engine.model, config, keep_set), Evaluator(model, out_dir, options, engine=engine,
-                                                           keep_set=name) as evaluator:
+                                                           keep_set=name_of(keep_set)) as evaluator:
         return {task.name: evaluator.evaluate(task, index) for index, task in enumerate(tasks)}
+
+
+def name_of(keep_set: KeepSet) -> str:
+    """What tells a keep set from others in result files."""
+    return digest([None if kept is None else list(kept) for kept in keep_set.experts])
 
 
 @translated()
 def evaluate_keep_set(
-    model: str, tasks: Sequence[Task], keep_set: KeepSet, out_dir: Path, options: EvalOptions | None = None
+    model: str, tasks: Sequence[Task], keep_set: KeepSet, out_dir: Path | Mapping[str, Path],
+    options: EvalOptions | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a full model as if it were pruned to `keep_set`: the numbers of the pruned checkpoint."""
     options = options or EvalOptions()
@@ -98,6 +104,7 @@ def _point(checkpoint: Checkpoint, engine: SharedPrefixLM, model: str, task: Tas
     from emo_select.experts.prune import plan_prune
 
     size = plan_prune(checkpoint, keep_set, allow_nonuniform=True).total_bytes
+    out_dir = place(out_dir, model, task, options, name_of(keep_set))
     keep_set.save(out_dir / f"selection-{task.name}.json")
     progress.say(f"{task.name}, keep-k {keep_set.keep_k}")
     metrics = evaluate_masked(engine, checkpoint.config, model, [task], keep_set, out_dir, options)[task.name]

@@ -48,11 +48,12 @@ FLUSH_EVERY_S = 1.0  # what a killed process may lose
 class ResponseStore:
     """Responses by request key, kept in `folder` (None: in memory only). `model_key` says which model gave them.
 
-    Every process writes its own file; all of them are read, so the number of processes may change between runs.
+    A store belongs to the one evaluation `owner`; others in the same folder have their own. Every process writes its
+    own file; all of them are read, so the number of processes may change between runs.
     """
 
-    def __init__(self, folder: Path | None, model_key: str, rank: int = 0) -> None:
-        self.folder, self.model_key = folder, model_key
+    def __init__(self, folder: Path | None, model_key: str, rank: int = 0, owner: str = "") -> None:
+        self.folder, self.model_key, self.owner = folder, model_key, owner
         self._known: dict[str, Stored] = {}
         self._file: TextIO | None = None
         self._flushed = time.monotonic()
@@ -60,7 +61,7 @@ class ResponseStore:
             self._known.update(_read(path))
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / f".responses-{rank}.jsonl").open("a", encoding="utf-8")
+            self._file = (folder / f".responses-{owner}-{rank}.jsonl").open("a", encoding="utf-8")
             self._file.write("\n")  # ends a line that a crash left unfinished
 
     def key(self, kind: str, args: tuple[Any, ...]) -> str:
@@ -106,7 +107,7 @@ class ResponseStore:
             path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob(".responses-*.jsonl")) if self.folder else []
+        return sorted(self.folder.glob(f".responses-{self.owner}-*.jsonl")) if self.folder else []
 
 
 def _read(path: Path) -> dict[str, Stored]:

@@ -14,6 +14,7 @@ from emo_select.checkpoint import open_checkpoint
 from emo_select.errors import ModelError, SpecError, UsageError
 from emo_select.evaluate import parallel
 from emo_select.evaluate.options import EvalOptions
+from emo_select.evaluate.places import configs
 from emo_select.evaluate.responses import ResponseStore
 from emo_select.evaluate.results import Heading, Outcome, finished_metrics, write_results
 from emo_select.evaluate.room import require_room
@@ -34,19 +35,21 @@ NAMED_ROWS = 20  # documents listed by number per kind of problem
 
 @translated()
 def evaluate_checkpoint(
-    model_dir: str | Path, tasks: Sequence[Task], out_dir: Path, options: EvalOptions | None = None
+    model_dir: str | Path, tasks: Sequence[Task], out_dir: Path | Mapping[str, Path],
+    options: EvalOptions | None = None,
 ) -> dict[str, Metrics]:
     """Evaluate a model (folder, Hub id, demo/NAME) on the test split of `tasks`; returns metrics by task name.
 
-    Files appear in `out_dir` task by task. What is there already for the same model and questions is kept, and a
-    stopped evaluation goes on from the responses it had. Raises `DataMissingError` before the model is loaded.
+    Files appear in `out_dir` (or `out_dir[task.name]`) task by task. What is there already for the same model and
+    questions is kept, and a stopped evaluation goes on from the responses it had. Raises `DataMissingError` before the
+    model is loaded.
     """
     options = options or EvalOptions()
     for task in tasks:
         task.require_data()
     with open_checkpoint(base_and_adapter(str(model_dir))[0]) as checkpoint:
         require_room(checkpoint.config, tasks, options.max_length)
-    with parallel.process_group(), Evaluator(str(model_dir), Path(out_dir), options) as evaluator:
+    with parallel.process_group(), Evaluator(str(model_dir), out_dir, options) as evaluator:
         return {task.name: evaluator.evaluate(task, index) for index, task in enumerate(tasks)}
 
 
@@ -56,8 +59,8 @@ class Evaluator:
     `keep_set` names a selection that the model is masked to (see `masking`); it is part of the model's identity.
     """
 
-    def __init__(self, model: str, out_dir: Path, options: EvalOptions, *, engine: SharedPrefixLM | None = None,
-                 keep_set: str | None = None) -> None:
+    def __init__(self, model: str, out_dir: Path | Mapping[str, Path], options: EvalOptions, *,
+                 engine: SharedPrefixLM | None = None, keep_set: str | None = None) -> None:
         self.model, self.out_dir, self.options = model, out_dir, options
         self.keep_set, self._engine = keep_set, engine
 
@@ -65,9 +68,11 @@ class Evaluator:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None and parallel.rank() == 0:
-            self.store.discard()
-        self.store.close()
+        """Nothing to let go of: an engine that was handed in serves others, too."""
+
+    def folder(self, task: Task) -> Path:
+        """Where the results of a task lie."""
+        return self.out_dir if isinstance(self.out_dir, Path) else self.out_dir[task.name]
 
     @cached_property
     def model_hash(self) -> str:
@@ -80,14 +85,8 @@ class Evaluator:
         return digest(identity if self.keep_set is None else {**identity, "keep_set": self.keep_set})
 
     @cached_property
-    def store(self) -> ResponseStore:
-        return ResponseStore(self.out_dir, self.model_hash, parallel.rank())
-
-    @cached_property
     def engine(self) -> SharedPrefixLM:
-        engine = self._engine or load_engine(self.model, self.options)
-        engine.store = self.store
-        return engine
+        return self._engine or load_engine(self.model, self.options)
 
     def task_hash(self, task: Task) -> str:
         """Digest of the questions."""
@@ -98,16 +97,29 @@ class Evaluator:
     def evaluate(self, task: Task, task_idx: int = 0) -> Metrics:
         """Metrics of one task, its files written."""
         task_hash = self.task_hash(task)
-        done = None if self.options.force else finished_metrics(self.out_dir, task, task_hash, self.model_hash)
-        if done is not None:
-            progress.say(f"{task.name}: done before with the same model and questions.")
-            return done
-        started = time.monotonic()
-        outcome, issues = self._ask(task)
-        heading = self._heading(task, task_hash, time.monotonic() - started, issues, task_idx)
-        if parallel.rank() == 0:
-            return write_results(self.out_dir, task, outcome, heading)
+        folder, started = self.folder(task), time.monotonic()
+        done = None if self.options.force else finished_metrics(folder, task, task_hash, self.model_hash)
+        with self._store(folder, task_hash) as store:
+            if done is not None:
+                progress.say(f"{task.name}: done before with the same model and questions.")
+                return done
+            self.engine.store = store
+            outcome, issues = self._ask(task)
+            heading = self._heading(task, task_hash, time.monotonic() - started, issues, task_idx)
+            if parallel.rank() == 0:
+                return write_results(folder, task, outcome, heading)
         return task.aggregate([prediction["metrics"] for prediction in outcome.predictions], outcome.docs)
+
+    @contextmanager
+    def _store(self, folder: Path, task_hash: str) -> Iterator[ResponseStore]:
+        """The answers kept for one evaluation; once its files are written, nothing needs them."""
+        store = ResponseStore(folder, self.model_hash, parallel.rank(), digest([self.model_hash, task_hash]))
+        try:
+            yield store
+            if parallel.rank() == 0:
+                store.discard()
+        finally:
+            store.close()
 
     def _ask(self, task: Task) -> tuple[Outcome, dict[str, Any]]:
         """Put the task's requests to the model through lm-eval; the outcome, and which rows had a problem."""
@@ -134,16 +146,13 @@ class Evaluator:
         return Outcome(numbers, docs, predictions), issues
 
     def _heading(self, task: Task, task_hash: str, seconds: float, issues: Mapping[str, Any], task_idx: int) -> Heading:
-        options, engine = self.options, self.engine
-        shots = task.default_shots if options.num_shots is None else options.num_shots
+        engine = self.engine
+        task_config, model_config = configs(self.model, task, self.options, self.keep_set)
         return Heading(
             task_hash=task_hash,
             model_hash=self.model_hash,
-            task_config={"limit": options.limit, "split": "test", "num_shots": shots,
-                         "samples": options.samples and list(options.samples.get(task.name, ()))},
-            model_config={"model": self.model, "model_type": options.backend, "max_length": options.max_length,
-                          "dtype": options.precision, "add_bos_token": options.add_bos_token,
-                          "trust_remote_code": options.trust_remote_code, "keep_set": self.keep_set},
+            task_config=task_config,
+            model_config=model_config,
             compute_config={"device": str(engine.device), "processes": parallel.world_size(),
                             "token_budget": engine.token_budget, "tokens": engine.counters.total,
                             "shared_prefixes": engine.stock_reason or True},
