@@ -23,16 +23,16 @@ from emo_select import __version__
 from emo_select.progress import track
 from emo_select.tables.details import Details
 from emo_select.tables.layout import Layout
-from emo_select.tables.pool import Estimate
+from emo_select.tables.pool import Estimate, estimate, results_of
 from emo_select.tables.read import Problem, Records, Run
 from emo_select.tables.summary import SummaryRow, experts_of, is_full, summarise
 from emo_select.tree import write_bytes
 
 ASSETS = Path(__file__).with_name("assets")
-SUMMARY = ("model", "keep", "full", "method", "note", "group", "metric", "found", "tasks", "seeds", "before", "after",
-           "drop_before", "drop_after", "disk", "memory")
-RUNS = ("directory", "model", "task", "group", "keep", "full", "method", "note", "eval_shots", "seed", "before",
-        "after", "seconds", "disk", "problems")
+SUMMARY = ("model", "keep", "full", "method", "note", "group", "metric", "found", "tasks", "seeds", "documents",
+           "before", "after", "drop_before", "drop_after", "disk", "memory")
+RUNS = ("directory", "model", "task", "group", "keep", "full", "method", "note", "eval_shots", "seed", "metric",
+        "documents", "before", "after", "seconds", "disk", "problems")
 
 
 def write_report(records: Records, layout: Layout, path: Path, *, title: str = "Expert selection: results",
@@ -100,7 +100,8 @@ def _summary(row: SummaryRow) -> list[Any]:
     setting = row.setting
     return [
         setting.model, setting.keep_k, row.full, setting.method, setting.note(), row.group, row.metric, row.found,
-        row.tasks, max(e.seeds if e else 1 for e in (row.before, row.after)), _pair(row.before), _pair(row.after),
+        row.tasks, max(e.seeds if e else 1 for e in (row.before, row.after)), row.documents,
+        _pair(row.before), _pair(row.after),
         _number(row.drop_before), _number(row.drop_after), row.disk_bytes, row.memory_bytes,
     ]
 
@@ -119,7 +120,8 @@ def _runs(runs: Sequence[Run], layout: Layout, experts: dict[str, int], metrics:
     counts = Counter("/".join(Path(problem.path).parts[:2]) for problem in problems)
     for run in runs:
         s, group = run.setting, layout.group_of(run.task)
-        values = [result.metrics.get(metrics.get(group, ""), result.metrics.get("primary_score")) if result else None
-                  for result in (run.before, run.after)]
+        metric = metrics.get(group) or layout.headline(group, results_of([run]))
+        values = [estimate(result, metric) if result else None for result in (run.before, run.after)]
+        documents = next((value.documents for value in values if value), None)
         yield [run.directory, s.model, run.task, group, s.keep_k, is_full(s, experts), s.method, s.note(), s.eval_shots,
-               run.seed, *map(_number, values), run.seconds, run.disk_bytes, counts[run.directory]]
+               run.seed, metric, documents, *map(_pair, values), run.seconds, run.disk_bytes, counts[run.directory]]

@@ -50,9 +50,12 @@ async function decode() {
   for (const name of ["summary", "runs", "problems"]) content[name] = objects(content[name]);
   for (const name of ["models", "methods", "groups"]) content[name] = new Map(content[name]);
   content.runs.forEach((run, index) => { run.index = index; run.words = words(run); });
+  content.settings = unique(content.summary.map(settingKey)).sort((a, b) => Number(!a.endsWith("|")) - Number(!b.endsWith("|")));
+  content.notes = unique(content.settings.map((key) => key.slice(key.indexOf("|") + 1)));
   return content;
 }
 
+const settingKey = (row) => `${row.model}|${row.note}`;
 const label = (kind, name) => data[kind].get(name) ?? name;
 const words = (run) => [run.directory, run.model, run.task, run.method, run.note].join(" ").toLowerCase();
 
@@ -184,6 +187,7 @@ function summaryTable() {
     { name: "metric", value: (row) => row.metric },
     { name: "found", value: (row) => `${row.found}/${row.tasks}`, number: true },
     { name: "seeds", value: (row) => row.seeds, number: true },
+    { name: "n", value: (row) => row.documents, number: true },
     stage("before"), stage("after"), drop("before"), drop("after"),
     { name: "on disk", value: (row) => row.disk, show: (row) => giga(row.disk), number: true },
     { name: "in memory", value: (row) => row.memory, show: (row) => giga(row.memory), number: true },
@@ -196,8 +200,10 @@ function runsTable() {
     { name: "run", value: (run) => run.task, show: open },
     ...shared,
     { name: "seed", value: (run) => run.seed, number: true },
-    { name: "before %", value: (run) => run.before, show: (run) => percent(run.before), number: true },
-    { name: "after %", value: (run) => run.after, show: (run) => percent(run.after), number: true },
+    { name: "metric", value: (run) => run.metric },
+    { name: "n", value: (run) => run.documents, number: true },
+    { name: "before %", value: (run) => run.before?.[0], show: (run) => withError(run.before), number: true },
+    { name: "after %", value: (run) => run.after?.[0], show: (run) => withError(run.after), number: true },
     { name: "time", value: (run) => run.seconds, show: (run) => duration(run.seconds), number: true },
     { name: "on disk", value: (run) => run.disk, show: (run) => giga(run.disk), number: true },
     { name: "problems", value: (run) => run.problems || null, number: true },
@@ -244,7 +250,7 @@ function frame(xs, ys, { logX, xName, yName, xTicks }) {
   return { x, y, parts };
 }
 
-const SHAPES = [ // one per method, so that colour is never the only sign
+const SHAPES = [ // one per method, and a dash per method and setting, so that colour is never the only sign
   (x, y, r) => `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0`,
   (x, y, r) => `M${x - r} ${y - r}h${2 * r}v${2 * r}h${-2 * r}z`,
   (x, y, r) => `M${x} ${y - r * 1.2}l${r * 1.2} ${r * 2.1}h${-r * 2.4}z`,
@@ -253,8 +259,9 @@ const SHAPES = [ // one per method, so that colour is never the only sign
 ];
 const DASHES = ["", "6 3", "2 3", "9 3 2 3", "1 4"];
 const order = (kind, name) => [...data[kind].keys()].indexOf(name);
-const colour = (row) => `s${Math.max(0, order("models", row.model)) % 7}`;
+const colour = (row) => `s${Math.max(0, data.settings.indexOf(settingKey(row))) % 7}`;
 const methodIndex = (row) => Math.max(0, order("methods", row.method)) % SHAPES.length;
+const dash = (row) => DASHES[(methodIndex(row) + Math.max(0, data.notes.indexOf(row.note))) % DASHES.length];
 
 function point(at, row, text, open) {
   const node = svg("path", { class: `point ${colour(row)}`, d: SHAPES[methodIndex(row)](at[0], at[1], 4.5), tabindex: 0,
@@ -280,7 +287,7 @@ const estimate = (row) => row[state.stage];
 function lineChart(group, rows) {
   const metric = rows[0].metric, limits = rows.flatMap((row) => [bound(row, -1), bound(row, 1)]), keeps = unique(rows.map((row) => row.keep).filter((keep) => keep)).sort((a, b) => a - b);
   const plot = frame(keeps.length ? keeps : [1], limits, { logX: true, xName: "experts kept per layer", yName: `${metric} %`, xTicks: keeps });
-  for (const members of groupBy(rows, (row) => row.model).values()) plot.parts.push(...fullLine(members, plot));
+  for (const members of groupBy(rows, settingKey).values()) plot.parts.push(...fullLine(members, plot));
   for (const [name, members] of groupBy(rows, seriesName)) {
     plot.parts.push(...seriesLine(name, members.filter((row) => row.keep).sort((a, b) => a.keep - b.keep), plot));
   }
@@ -288,7 +295,7 @@ function lineChart(group, rows) {
   return el("figure", {}, el("figcaption", {}, el("strong", {}, label("groups", group)), ` ${state.stage} finetuning`), picture);
 }
 
-/* One line per model: keeping every expert is the same whatever the method. */
+/* One line per model and setting: keeping every expert is the same whatever the method. */
 function fullLine(members, plot) {
   const full = members.find((row) => row.full);
   return full ? [svg("path", { class: `full ${colour(full)}`, d: `M${LEFT} ${plot.y(estimate(full)[0])}H${W - RIGHT}` })] : [];
@@ -304,7 +311,7 @@ function seriesLine(name, line, plot) {
   const text = (row) => `${name}\nkeep-k ${row.keep}: ${withError(estimate(row))} %`;
   return [
     svg("path", { class: `band ${colour(line[0])}`, d: `M${[...upper, ...lower].join("L")}Z` }),
-    svg("path", { class: `series ${colour(line[0])}`, "stroke-dasharray": DASHES[methodIndex(line[0])], d: `M${line.map((row) => at(row)).join("L")}` }),
+    svg("path", { class: `series ${colour(line[0])}`, "stroke-dasharray": dash(line[0]), d: `M${line.map((row) => at(row)).join("L")}` }),
     ...line.map((row) => point([plot.x(row.keep), plot.y(estimate(row)[0])], row, text(row))),
   ];
 }
@@ -317,7 +324,7 @@ function paretoChart(rows) {
     const found = members.filter((row) => usual.includes(row.group)), row = members[0];
     if (found.length === usual.length && row.disk) points.push({ row, x: row.disk, y: mean(found.map((one) => estimate(one)[0])) });
   }
-  if (points.length < 2) return null;
+  if (points.length < 2 || !usual.length) return null;
   const [unit, scale] = points.some((p) => p.x >= 1e8) ? ["GB", 1e9] : ["MB", 1e6];
   for (const p of points) p.x /= scale;
   const plot = frame(points.map((p) => p.x), points.map((p) => p.y), { xName: `weights on disk, ${unit}`, yName: `mean of ${usual.map((group) => label("groups", group)).join(", ")} %` });
@@ -327,7 +334,9 @@ function paretoChart(rows) {
   const steps = front.map((p) => `${plot.x(p.x)}V${plot.y(p.y)}`).join("H") + `H${plot.x(points.at(-1).x)}`;
   plot.parts.push(svg("path", { class: "front", d: `M${plot.x(front[0].x)} ${plot.y(front[0].y)}H${steps}` }),
     ...points.map((p) => point([plot.x(p.x), plot.y(p.y)], p.row, `${seriesName(p.row)}\nkeep-k ${keepText(p.row)}, ${p.x.toPrecision(3)} ${unit}: ${percent(p.y)} %`)));
-  return el("figure", {}, el("figcaption", {}, el("strong", {}, "Size against accuracy"), " dotted: nothing smaller is better"),
+  const missing = settings.length - points.length;
+  return el("figure", {}, el("figcaption", {}, el("strong", {}, "Size against accuracy"), " dotted: nothing smaller is better",
+    missing ? `; ${missing} of ${settings.length} settings lack one of these groups or a size` : ""),
     svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": "Size of the weights against accuracy" }, plot.parts));
 }
 
@@ -336,7 +345,7 @@ function legend(rows, redraw) {
   return el("div", { class: "bar legend", role: "group", "aria-label": "Shown series" }, names.map(([name, members]) => {
     const row = members[0];
     const key = svg("svg", { class: `key ${colour(row)}`, viewBox: "0 0 32 16", "aria-hidden": "true" },
-      svg("path", { class: "series", d: "M0 8H32", "stroke-dasharray": DASHES[methodIndex(row)] }),
+      svg("path", { class: "series", d: "M0 8H32", "stroke-dasharray": dash(row) }),
       svg("path", { class: `point ${colour(row)}`, d: SHAPES[methodIndex(row)](16, 8, 4.5) }));
     const button = chip("", !state.hidden.has(name), (on) => { state.hidden[on ? "delete" : "add"](name); redraw(); });
     button.append(key, name);
@@ -344,10 +353,14 @@ function legend(rows, redraw) {
   }));
 }
 
-/* Plots show the default setting, unless there is none or settings are chosen. */
-function plotted() {
-  const rows = data.summary.filter((row) => passes(row) && estimate(row)), usual = rows.filter((row) => !row.note);
-  return usual.length && !state.chosen.note?.size ? usual : rows;
+/* Every setting is a series of its own. */
+const plotted = () => data.summary.filter((row) => passes(row) && estimate(row));
+
+/* What the stage hides: settings with a value at the other one only. */
+function hiddenByStage() {
+  const other = state.stage === "before" ? "after" : "before", rows = data.summary.filter(passes);
+  const without = unique(rows.filter((row) => !row[state.stage] && row[other]).map((row) => `${seriesName(row)}|${row.keep}`));
+  return without.length ? el("p", { class: "soft" }, `Not drawn: ${without.length} ${without.length === 1 ? "setting" : "settings"} with an average ${other} finetuning only.`) : null;
 }
 
 function drawPlots() {
@@ -361,6 +374,7 @@ function drawCharts() {
   const groups = [...groupBy(rows, (row) => row.group)];
   const left = groups.length > CHARTS ? el("p", { class: "soft" }, `${groups.length - CHARTS} more groups: choose with the filters.`) : null;
   const none = rows.length ? null : el("p", { class: "soft" }, `No complete averages ${state.stage} finetuning for these filters.`);
+  $("hidden").replaceChildren(...[hiddenByStage()].filter(Boolean));
   $("charts").replaceChildren(...[none, ...groups.slice(0, CHARTS).map(([group, members]) => lineChart(group, members)), paretoChart(rows), left].filter(Boolean));
 }
 
@@ -368,7 +382,7 @@ function drawCharts() {
 
 function drawTasks() {
   /* Drop against the full model on the same task with the same evaluation, at the chosen stage. */
-  const key = (run) => `${run.model}|${run.task}|${run.eval_shots}`, value = (run) => run[state.stage];
+  const key = (run) => `${run.model}|${run.task}|${run.eval_shots}`, value = (run) => run[state.stage]?.[0];
   const full = new Map(data.runs.filter((run) => run.full && value(run) != null).map((run) => [key(run), value(run)]));
   const runs = data.runs.filter((run) => runPasses(run) && !run.full && value(run) != null && full.has(key(run)));
   const place = (run) => 100 * order("models", run.model) + methodIndex(run);
@@ -484,12 +498,13 @@ function refreshRuns() {
 function build() {
   const { about } = data, section = (id, title, ...children) => el("section", { "aria-labelledby": `${id}-title` }, el("h2", { id, tabindex: -1 }, title), ...children);
   $("about").textContent = `${about.runs} runs of ${about.models} models on ${about.tasks} tasks · ${about.root} · written ${about.written} by emo-select ${about.version}`;
-  state.stage = data.summary.some((row) => row.after) ? "after" : "before";
+  const having = (stage) => data.summary.filter((row) => row[stage]).length;
+  state.stage = having("after") && having("after") >= having("before") ? "after" : "before";
   const summary = summaryTable(), runs = runsTable(), problems = problemsTable();
   tables.runs = runs;
   $("main").append(
     section("summary", "Summary", el("p", { class: "soft" }, "Averages over each group's tasks, ± one standard error, seeds pooled. Drop: points lost against the full model."), summary.node),
-    section("plots", "Plots", el("div", { class: "bar" }, stageSelect()), el("p", { class: "soft" }, "Dashed horizontal: the full model. Bands: 95 % intervals."), el("div", { id: "plot-legend" }), el("div", { id: "charts", class: "grid" })),
+    section("plots", "Plots", el("div", { class: "bar" }, stageSelect()), el("p", { class: "soft" }, "Dashed horizontal: the full model. Bands: 95 % intervals."), el("div", { id: "hidden" }), el("div", { id: "plot-legend" }), el("div", { id: "charts", class: "grid" })),
     section("tasks", "Drop per task", el("p", { class: "soft" }, "Points lost against the full model; orange is a loss, blue a gain."), el("div", { class: "bar" }, el("label", {}, "Of ", el("select", { id: "series", onchange: drawTasks }))), el("div", { id: "heat" })),
     section("runs", "Runs", runs.node),
     section("problems", `Problems (${data.problems.length})`, data.problems.length ? problems.node : el("p", {}, "None.")));
