@@ -41,6 +41,7 @@ def cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 def talkative() -> None:
     """Talk is shown, whatever a test before has asked the program for."""
     progress.configure(quiet=False)
+    progress._state.said.clear()  # what is said once is said once per test
 
 
 @pytest.fixture(autouse=True)

@@ -128,10 +128,23 @@ def check_keep_k(config: Mapping[str, Any], keep_k: int, num_shared: int | None 
         raise KeepKError(f"keep-k {keep_k} leaves no routed expert, because {active} are always active; choose at "
                          f"least {active + 1}.")
     _check_groups(config, keep_k)
-    shrunk = pruned_top_k(config, keep_k)
-    if shrunk < top_k(config):
-        return f"With {keep_k} experts per layer the model uses {shrunk} experts per token instead of {top_k(config)}."
-    return None
+    return top_k_notice(config, [keep_k])
+
+
+def top_k_notice(config: Mapping[str, Any], kept: Sequence[int]) -> str | None:
+    """What to tell a user who keeps `kept` experts (per layer, or once for all) where that lowers top-k, else None.
+
+    One number of experts per token holds for all layers, so the smallest layer decides.
+    """
+    smallest = min((count for count in kept if count), default=0)
+    shrunk = pruned_top_k(config, smallest) if smallest else top_k(config)
+    if shrunk >= top_k(config):
+        return None
+    if len(set(kept) - {0}) == 1:
+        return (f"With {smallest} experts per layer the model uses {shrunk} experts per token instead of "
+                f"{top_k(config)}.")
+    return (f"Layer {list(kept).index(smallest)} keeps {smallest} experts, fewer than the {top_k(config)} that a token "
+            f"uses, so the pruned model uses {shrunk} per token in every layer.")
 
 
 def _check_groups(config: Mapping[str, Any], keep_k: int) -> None:

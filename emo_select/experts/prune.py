@@ -27,6 +27,7 @@ from emo_select.experts.keepset import (
     check_keep_set,
     pruned_top_k,
     shared_kept,
+    top_k_notice,
 )
 from emo_select.experts.provenance import EXPERTS, MASK, METADATA, provenance_files
 from emo_select.faults import translated
@@ -41,7 +42,7 @@ from emo_select.models.families import (
 )
 from emo_select.models.preflight import check_weights
 from emo_select.ownership import PRUNED, require_replaceable
-from emo_select.progress import say, track
+from emo_select.progress import say, say_once, track
 from emo_select.tree import link_or_copy, require_space, staged_directory, write_bytes
 
 WORKERS = min(4, os.cpu_count() or 1)  # more gain nothing on one disk
@@ -102,6 +103,9 @@ def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dt
             say(f"The selection was made on other weights or another config than {source} has now.")
         target = stored_dtype(dtype)
         plan = plan_prune(checkpoint, keep_set, dtype=target, allow_nonuniform=allow_nonuniform)
+        notice = top_k_notice(checkpoint.config, [len(kept or ()) for kept in keep_set.experts])
+        if notice:
+            say_once(notice)
         limit = parse_size(max_shard_size)
         linkable = not (dtype or limit) and _keeps_everything(checkpoint, plan)
         require_space(out_dir.parent, 0 if linkable else plan.total_bytes, "The pruned checkpoint")

@@ -12,7 +12,7 @@ from emo_select.checkpoint import Checkpoint, open_checkpoint, resolve
 from emo_select.errors import SpecError, UnknownNameError, keywords_checked
 from emo_select.experts.activations import collect_activations
 from emo_select.experts.calibration import SPLIT, CalibrationTexts, calibration_tokens, mixed_tokens
-from emo_select.experts.keepset import KeepSet
+from emo_select.experts.keepset import KeepSet, top_k_notice
 from emo_select.experts.layerwise import select_layerwise
 from emo_select.experts.methods import ONE_PASS, select_from_scores, select_random
 from emo_select.experts.options import StreamOptions
@@ -20,6 +20,7 @@ from emo_select.experts.rules import KeepK, resolve_keep_k
 from emo_select.experts.scores import criterion
 from emo_select.faults import translated
 from emo_select.models.families import experts_per_layer
+from emo_select.progress import say_once
 from emo_select.spec import METHODS, Calibration, Frozen, keep_ks_in, listed, parse_keep_k
 from emo_select.tree import discard
 
@@ -91,6 +92,9 @@ def select_experts(model: str | PreTrainedModel, wanted: Selection, *, tokenizer
         keep_ks = wanted.keep_ks(checkpoint.config)
         for keep_k in keep_ks:
             resolve_keep_k(checkpoint.config, keep_k, wanted.num_shared)
+            notice = top_k_notice(checkpoint.config, [keep_k] if isinstance(keep_k, int) else keep_k)
+            if notice:
+                say_once(notice)
         if wanted.method == "random":
             about = _about(name, wanted, fingerprint=checkpoint.forward_fingerprint)
             found = {keep_k: select_random(checkpoint.config, keep_k, wanted.calibration.seed,

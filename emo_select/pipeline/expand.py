@@ -120,7 +120,7 @@ def _choices(model: str, source: Checkpoint, wanted: Wanted) -> Iterator[_Choice
         keep_k = parse_keep_k(text, total)
         notice = check_keep_k(source.config, keep_k, wanted.settings.get("num_shared"))
         if notice:
-            progress.say(f"{model}: {notice}")
+            progress.say_once(notice)
         yield from (_Choice(keep_k, method) for method in dict.fromkeys(wanted.methods))
 
 
@@ -129,7 +129,7 @@ def _dense_choice(model: str, source: Checkpoint, wanted: Wanted) -> _Choice:
 
     if source.config.get("model_type") not in DENSE_TYPES:
         family_of(source.config)  # raises, naming the supported families
-    progress.say(f"{model} has no experts to select from: it is finetuned and evaluated as it is, once per task.")
+    progress.say_once(f"{model} has no experts to select from: it is finetuned and evaluated as it is, once per task.")
     numbers = [int(text) for text in wanted.keep_ks if text.isdigit()]
     return _Choice(numbers[0] if numbers else 1, "layerwise", selects=False)
 

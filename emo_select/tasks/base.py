@@ -16,7 +16,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from emo_select.errors import TaskError, UnknownNameError
-from emo_select.progress import say
+from emo_select.progress import say_once
 from emo_select.tasks.headline import HEADLINES
 
 if TYPE_CHECKING:
@@ -215,8 +215,8 @@ class Task(ABC):
     def _compare_size(self, split: str, count: int) -> None:
         expected = dict(zip(("train", "test"), self.sizes or (), strict=False)).get(split, count)
         if expected != count:
-            say(f"Warning: {self.name} has {count} {split} documents here, {expected} in the published runs; numbers "
-                "are not comparable.")
+            say_once(f"Warning: {self.name} has {count} {split} documents here, {expected} in the published runs; "
+                     "numbers are not comparable.")
 
     def document(self, row: Row, index: int, split: str) -> Doc:
         """The document of one row. Raises `TaskError` naming the row and the field."""

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from emo_select.progress import say
+from emo_select.progress import say_once
 from emo_select.tasks.base import Doc, Row, Task, no_shots
 
 __all__ = ["by_identity", "by_row", "first_rows", "no_shots", "text_key", "written"]
@@ -44,8 +44,8 @@ def by_row(wanted: Sequence[int], train_rows: int) -> Shots:
 
 def _shots(task: Task, rows: Sequence[Row], chosen: Sequence[Row], count: int) -> Mapping[str, Sequence[Doc]]:
     if len(chosen) < count:
-        say(f"Warning: {task.name}: the train split lacks {count - len(chosen)} of the {count} published few-shot "
-            f"rows; using its first {count} rows instead.")
+        say_once(f"Warning: {task.name}: the train split lacks {count - len(chosen)} of the {count} published "
+                 f"few-shot rows; using its first {count} rows instead.")
         chosen = rows[:count]
     return {"": [task.document(row, index, "few-shot") for index, row in enumerate(chosen)]}
 

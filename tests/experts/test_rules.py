@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emo_select import progress
 from emo_select.errors import KeepKError
-from emo_select.experts import select_random
+from emo_select.experts import prune_checkpoint, select_random
 from emo_select.experts.rules import LayerRules, choose, full_set, layer_rules, resolve_keep_k
+from emo_select.experts.select import Selection, select_experts
 
 EMO = {"model_type": "emo", "num_hidden_layers": 3, "num_experts": 12, "num_shared_experts": 2,
        "num_experts_per_tok": 4}
@@ -76,3 +80,20 @@ def test_random_respects_groups_and_always_active() -> None:
     assert all(kept is not None and {3, 11} <= set(kept) and len(kept) == 4 for kept in active.experts)
     assert select_random(EMO, 5, seed=1).experts != select_random(EMO, 5, seed=2).experts
     assert select_random(EMO, 5, seed=1) == select_random(EMO, 5, seed=1)
+
+
+def test_a_schedule_below_top_k_is_said_by_select_and_by_prune_and_once(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tiny model uses 4 experts per token; one entry of 3 holds for all layers."""
+    wanted = Selection(keep_k=[[32, 16, 3, 8]], method="random")
+    [keep_set] = select_experts(str(tiny), wanted).values()
+    said = "Layer 2 keeps 3 experts, fewer than the 4 that a token uses, so the pruned model uses 3 per token in every"
+    assert capsys.readouterr().err.replace("\n", " ").count(said) == 1
+    progress.configure(quiet=False)
+    progress._state.said.clear()  # another process
+    for name in ("one", "two"):
+        prune_checkpoint(str(tiny), keep_set, tmp_path / name, allow_nonuniform=True)
+    assert capsys.readouterr().err.replace("\n", " ").count(said) == 1
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert config["num_experts_per_tok"] == 3 and min(config["num_experts_per_layer"]) == 3
