@@ -25,7 +25,6 @@ from emo_select.errors import LockedError, TextError
 from emo_select.ownership import RUN_RECORD
 from emo_select.progress import say_once
 from emo_select.spec import Frozen, digest, model_directory
-from emo_select.tasks import remember
 from emo_select.textfile import read_json_object
 from emo_select.tree import Tree, write_json
 
@@ -89,6 +88,8 @@ class Names:
 
         Tasks that are not of a user's own have their name.
         """
+        from emo_select.tasks import remember
+
         if task.file is None:
             return task.name
         name = self._given("task", task.name, task.name, task.file, task.fingerprint,

@@ -71,6 +71,11 @@ def test_models_whose_names_come_to_the_same_lie_apart(pair, tmp_path, monkeypat
     assert not any(step.action == "run" for run in again for step in plan(run, STAGES))
     rows = invoke("table", "results", "-o", "tree", "--json")
     assert all(model in rows for model in models)
+    compared = invoke("compare", *models, "-o", "tree", "--json", "--resamples", 100)
+    assert {row["model"] for row in json.loads(compared)["tables"][0]["rows"]} == {" → ".join(models)}
+    for model, other in (models, reversed(models)):
+        alone = invoke("table", "-o", "tree", "--model", model, "--json")
+        assert model in alone and other not in alone
 
 
 def test_one_path_is_one_model_and_two_are_two(tmp_path, monkeypatch):

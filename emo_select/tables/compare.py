@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emo_select.errors import CheckpointError, SpecError, UsageError
-from emo_select.spec import model_directory
+from emo_select.errors import CheckpointError, UsageError
 from emo_select.tables.layout import PRIMARY, Layout, load_layout
 from emo_select.tables.predictions import Prediction, paired, predictions_file, read_predictions
 from emo_select.tables.read import Problem, Records, Result, Run, load_tree
@@ -48,6 +47,14 @@ class Side:
 
     root: Path
     runs: dict[tuple[Any, ...], Run]
+    models: dict[str, str] = field(default_factory=dict)
+    """Ids by folder."""
+
+
+    def called(self, run: Run, layout: Layout) -> str:
+        """A run's model as tables show it, or its folder where a label has that."""
+        folder = run.setting.model
+        return folder if folder in layout.models else self.models.get(folder, folder)
 
 
 @dataclass(frozen=True)
@@ -81,13 +88,16 @@ class Comparison:
     """Mean over MoE layers of |A ∩ B| / |A ∪ B| of the kept experts; None for two models, whose experts differ."""
     flips: list[Flip] = field(default_factory=list)
     draws: NDArray[np.float64] | None = None
+    models: tuple[str, str] = ("", "")
+    """What the two models are called."""
 
     def cells(self, layout: Layout) -> list[Cell]:
         """The row of the table."""
         setting = self.run.setting
         method = layout.method(setting.method).label
         name = ", ".join(filter(None, [f"keep-k {setting.keep_k}", method, setting.note()]))
-        return [layout.model(setting.model), name, self.run.task, self.metric, self.docs, self.a, self.a_error, self.b,
+        models = " → ".join(dict.fromkeys(map(layout.model, self.models)))
+        return [models, name, self.run.task, self.metric, self.docs, self.a, self.a_error, self.b,
                 self.b_error, self.b - self.a, self.low, self.high, self.gained, self.lost, self.changed, self.overlap]
 
 
@@ -110,6 +120,7 @@ def compare(
     for key in shared:
         try:
             comparison, noted = _pair((one.root, one.runs[key]), (other.root, other.runs[key]), options, layout)
+            comparison.models = (one.called(one.runs[key], layout), other.called(other.runs[key], layout))
             found.append(comparison)
             problems += noted
         except CheckpointError as error:
@@ -145,10 +156,12 @@ def side(name: str, root: str | None) -> Side:
     """The runs that `name` stands for: a run directory, a tree, or a model of the tree at `root`."""
     path = Path(name)
     if RunPaths(path).results.is_dir():
-        run = _only(load_tree(path.parent.parent), path)
-        return Side(path.parent.parent, {("run", run.task): run})
-    records = load_tree(name) if path.is_dir() else load_tree(root)
-    if path.is_dir():
+        records = load_tree(path.parent.parent)
+        run = _only(records, path)
+        return Side(path.parent.parent, {("run", run.task): run}, records.models)
+    is_tree = path.is_dir() and not (path / "config.json").exists()
+    records = load_tree(name) if is_tree else load_tree(root)
+    if is_tree:
         return _side(records, lambda run: (run.setting, run.task, run.seed))
     folder = _model_folder(name, records)
     records = replace(records, runs=[run for run in records.runs if run.setting.model == folder])
@@ -165,7 +178,7 @@ def keep_set_overlap(a: Path, b: Path) -> float | None:
 
 
 def _side(records: Records, key: Callable[[Run], tuple[Any, ...]]) -> Side:
-    return Side(records.root, {key(run): run for run in records.runs})
+    return Side(records.root, {key(run): run for run in records.runs}, records.models)
 
 
 def _only(records: Records, path: Path) -> Run:
@@ -178,14 +191,11 @@ def _only(records: Records, path: Path) -> Run:
 
 def _model_folder(name: str, records: Records) -> str:
     models = {run.setting.model for run in records.runs}
-    try:
-        folder = model_directory(name)
-    except SpecError:
-        folder = name
-    if folder not in models:
+    folder = records.folder_of(name)
+    if folder is None:
         raise UsageError(
             f"{name} is neither a run directory, nor a tree, nor a model of {records.root}"
-            f" (it has {', '.join(sorted(models)) or 'none'})."
+            f" (it has {', '.join(sorted(records.models.get(model, model) for model in models)) or 'none'})."
         )
     return folder
 

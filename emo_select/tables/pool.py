@@ -46,7 +46,7 @@ class Filters:
         groups = {name: name for name in {layout.group_of(task) for task in tasks} | set(layout.groups)}
         groups |= {layout.group(name): name for name in groups}
         return Filters(
-            models=tuple(_model(name, names) for name in self.models),
+            models=tuple(records.folder_of(name) or _model(name, names) for name in self.models),
             tasks=tuple(_known("task", name, {task: task for task in tasks}) for name in self.tasks),
             groups=tuple(_known("group", name, groups) for name in self.groups),
             methods=tuple(_known("method", name, {m: m for m in layout.methods}) for name in self.methods),

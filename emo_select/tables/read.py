@@ -20,6 +20,7 @@ from pydantic_core import from_json  # several times faster than json.loads, and
 
 from emo_select.errors import SpecError, UnknownNameError, UsageError, keywords_checked
 from emo_select.faults import translated
+from emo_select.names import absolute
 from emo_select.spec import RunName, RunSpec, parse_directory_name
 from emo_select.tables.cache import FileCache
 from emo_select.tables.words import other_settings
@@ -183,6 +184,28 @@ class Records:
         ids = Counter(record["model"] for record in found.values())
         return {folder: str(record["path"] if ids[record["model"]] > 1 and record.get("path") else record["model"])
                 for folder, record in found.items()}
+
+
+    def folder_of(self, name: str) -> str | None:
+        """The folder of a model that is called by its id, its path, its label here or its folder; None if unknown.
+
+        What records say comes first: the folder that a name would come to may belong to another model.
+        """
+        ids: dict[str, list[str]] = {}
+        for run in self.runs:
+            for known in (run.record.get("model"), run.record.get("path")):
+                if known and run.setting.model not in ids.setdefault(known, []):
+                    ids[known].append(run.setting.model)
+        given = ids.get(absolute(name) or "") or ids.get(name) or []
+        if len(given) > 1:
+            raise UsageError(f"{name} is the name of several models in {self.root}; give one by its folder: "
+                             f"{', '.join(sorted(given))}.")
+        if given:
+            return given[0]
+        folders = {run.setting.model for run in self.runs}
+        unrecorded = {run.setting.model for run in self.runs if not run.record}
+        published = re.sub(r"[^A-Za-z0-9_-]", "", name)
+        return name if name in folders else published if published in unrecorded else None
 
 
 @keywords_checked

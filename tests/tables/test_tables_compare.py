@@ -157,5 +157,5 @@ def test_nothing_in_common_or_an_unknown_name_is_an_error(tmp_path: Path) -> Non
     b = add_run(tmp_path, task="demo_copy", keep_k=4).directory
     with pytest.raises(UsageError, match="no run in common"):
         compare(str(a), str(b))
-    with pytest.raises(UsageError, match="demoemo"):
+    with pytest.raises(UsageError, match="demo/emo"):
         compare(str(a), "demo/other", str(tmp_path))
