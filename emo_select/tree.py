@@ -226,6 +226,19 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
+@contextmanager
+def output_directory(final: Path, key: str, what: str, needed: int, sources: Sequence[Path] = ()) -> Iterator[Path]:
+    """`staged_directory` for a command's own output: one process at a time, and `needed` bytes of room.
+
+    What an interrupted call has written already needs no more room. Raises `LockedError`, `DiskSpaceError` and what
+    `staged_directory` raises, before anything is written.
+    """
+    written = sum(path.stat().st_size for path in partial_directory(final).rglob("*") if path.is_file())
+    require_space(final.parent, max(0, needed - written), f"The {what}")
+    with exclusive(final.with_name(f".{final.name}.lock")), staged_directory(final, key, what, sources) as folder:
+        yield folder
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file by rename: after a crash it holds the old content, the new content or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -49,9 +49,9 @@ def convert(
     published_config: Annotated[bool, typer.Option(
         "--published-config", help="Config values of the published converter: balance weight 0.01, pad_token.",
         rich_help_panel=TO_HF)] = False,
-    pool: Annotated[str | None, typer.Option("--pool", metavar="MIN-MAX", show_default="standard router",
-                                             help="EMO router with such document pools, as 8-128.",
-                                             rich_help_panel=TO_CORE)] = None,
+    pool: Annotated[str | None, typer.Option(
+        "--pool", metavar="MIN-MAX", show_default="as conversion.json says, else none", rich_help_panel=TO_CORE,
+        help="EMO router with such document pools, as 8-128; none: standard.")] = None,
     eval_pool: Annotated[int | None, typer.Option("--eval-pool", min=1, show_default="middle of --pool",
                                                   help="Pool at evaluation.", rich_help_panel=TO_CORE)] = None,
     pad_to: Annotated[int, typer.Option("--pad-vocabulary-to", min=1, rich_help_panel=TO_CORE,
@@ -112,14 +112,15 @@ def _only_for(panel: str, given: dict[str, Any]) -> None:
 
 def _pools(pool: str | None, evaluation: int | None) -> Any:
     from emo_select.convert.experiment import Pools
+    from emo_select.convert.olmo_core import AS_TRAINED
     from emo_select.errors import SpecError
 
-    if pool is None:
-        _only_for("To olmo-core with --pool", {"--eval-pool": evaluation})
-        return None
+    if pool in (None, "none"):
+        _only_for("To olmo-core with --pool MIN-MAX", {"--eval-pool": evaluation})
+        return None if pool else AS_TRAINED
     least, dash, most = pool.partition("-")
     if not (least.isdigit() and (most.isdigit() or not dash)):
-        raise SpecError(f"{pool!r} is not a range of pool sizes; write 8-128, or 32 for a fixed size.")
+        raise SpecError(f"{pool!r} is neither none nor a range of pool sizes; write 8-128, or 32 for a fixed size.")
     low, high = int(least), int(most or least)
     return Pools(low, high, evaluation or (low + high) // 2)
 
@@ -144,6 +145,8 @@ def _report(report: dict[str, Any], out: Path, agreement: Agreement | None, *, w
     else:
         shared = f" ({report['shared']} shared)" if report["shared"] else ""
         experts = f"{report['experts']} experts{shared}" if report["experts"] else "no experts"
+        if pools := report.get("pools"):
+            experts += f", pools of {pools['least']} to {pools['most']}"
         say(f"{'Wrote' if written else 'Would write'} {out}: {report['layers']} layers, {experts}, vocabulary "
             f"{report['vocabulary']}, {report['dtype']}, {common.size(report['bytes'])}, with at most "
             f"{common.size(report['memory_bytes'])} in memory.")

@@ -1,4 +1,4 @@
-"""`tokenize`: texts become the token files that trainings read."""
+"""`tokenize` and `mix`: texts become the token files that trainings read, and those are checked."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from emo_select.cli.common import MACHINE, OUTPUT, RUN
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command(rich_help_panel="Pretraining")(tokenize)
+    app.command(rich_help_panel="Pretraining")(mix)
 
 
 def tokenize(
@@ -92,3 +93,47 @@ def _report(manifest: dict[str, Any], out: Path, *, as_json: bool) -> None:
     empty = f", {manifest['empty_documents']:,} empty ones left out" if manifest["empty_documents"] else ""
     say(f"{out}: {manifest['tokens']:,} tokens of {manifest['documents']:,} documents in {files} "
         f"file{'s' if files > 1 else ''} ({manifest['dtype']}, vocabulary {manifest['vocab_size']:,}){empty}.")
+
+
+def mix(
+    data: Annotated[Path, typer.Argument(metavar="MIX", help="A list of `label,path` lines, a folder that `tokenize` "
+                                                             "wrote, or a token file.")],
+    root: Annotated[Path | None, typer.Option("--data-root", show_default="where the list lies",
+                                              help="Where its paths begin.", rich_help_panel=RUN)] = None,
+    tokenizer: Annotated[str | None, typer.Option(
+        "--tokenizer", show_default="the manifest's", rich_help_panel=RUN,
+        help="Folder, Hub id or demo/NAME; also takes the place of {TOKENIZER} in paths.")] = None,
+    checksums: Annotated[bool, typer.Option("--checksums", help="Read every byte and compare with the manifests.",
+                                            rich_help_panel=RUN)] = False,
+    as_json: common.AsJson = False,
+) -> None:
+    """Check the token files of a mix as a training would, and show what share each label has."""
+    from emo_select.pretrain.tokens import read_mix, shares, verify
+
+    found = read_mix(data, root, tokenizer)
+    checked = verify(found) if checksums else None
+    counted = shares(found)
+    if as_json:
+        common.emit({"labels": counted, "files": len(found.files), "tokens": found.tokens, "dtype": found.dtype,
+                     "vocab_size": found.vocab_size, "eos_token_id": found.eos_token_id,
+                     "fingerprint": found.fingerprint, "checksums": checked})
+        return
+    _show_shares(counted, found.tokens)
+    if checked is not None:
+        _say_checked(checked, len(found.files))
+
+
+def _show_shares(counted: dict[str, dict[str, int]], total: int) -> None:
+    from emo_select.cli.columns import Column, show
+
+    rows = [[label, f"{entry['files']:,}", f"{entry['tokens']:,}", f"{entry['tokens'] / total:.1%}"]
+            for label, entry in counted.items()]
+    show([Column("label"), Column("files", right=True), Column("tokens", right=True), Column("share", right=True)],
+         [*rows, ["all", f"{sum(e['files'] for e in counted.values()):,}", f"{total:,}", "100.0%"]])
+
+
+def _say_checked(checked: int, files: int) -> None:
+    from emo_select.progress import say
+
+    without = f"; {files - checked} have no manifest beside them" if checked < files else ""
+    say(f"{checked} files have the checksums of their manifests{without}.")

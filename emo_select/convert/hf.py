@@ -19,7 +19,7 @@ from emo_select.convert.released import STOP_TOKENS, check_convertible, generati
 from emo_select.convert.tokenizers import find_tokenizer, tokenizer_output, write_files
 from emo_select.errors import CheckpointError, NumericError, SpecError
 from emo_select.progress import say, track
-from emo_select.tree import read_json, require_space, staged_directory
+from emo_select.tree import output_directory, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,8 +100,7 @@ def to_hf(checkpoint: Path, out: Path, options: HfOptions | None = None) -> dict
     record = _record(checkpoint, plan, options)
     if is_converted(out, record):
         return describe(plan)
-    require_space(out.parent, plan.total_bytes, "The converted checkpoint")
-    with staged_directory(out, _key(plan, options), CONVERTED) as folder:
+    with output_directory(out, _key(plan, options), CONVERTED, plan.total_bytes, [checkpoint]) as folder:
         _write_weights(plan, folder, options.max_shard_bytes)
         write_files(plan.files, folder)
         described = {"config.json": plan.config, RECORD: record}

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from emo_select.checkpoint import Checkpoint, open_checkpoint
 from emo_select.checkpoint.header import SAFETENSORS_DTYPE, tensor_bytes
@@ -22,12 +22,14 @@ from emo_select.convert.released import PUBLISHED_BALANCE, read_released
 from emo_select.convert.tokenizers import copy_tokenizer
 from emo_select.errors import CheckpointError, ModelError, NumericError, SpecError
 from emo_select.progress import track
-from emo_select.tree import require_space, staged_directory, write_json
+from emo_select.textfile import read_json_object
+from emo_select.tree import output_directory, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TRAINED_BALANCE = 0.1  # of all published MoE trainings
+AS_TRAINED: Literal["as trained"] = "as trained"
 OLMO_CORE = "3.0.0"  # whose layout this is, where it is not installed
 
 
@@ -38,13 +40,14 @@ class CoreOptions:
     Attributes:
         dtype: of the weights; trainers keep float32.
         multiple: the vocabulary is filled with zero rows up to a multiple of this; 1 leaves it as it is.
-        pools: sizes of document pools, for an EMO training to go on with; None: a standard MoE.
+        pools: sizes of document pools, for an EMO training to go on with; None: a standard MoE; AS_TRAINED: as
+            `conversion.json` beside the weights says, else a standard MoE.
         max_part_bytes: largest file; None: 5 GB.
     """
 
     dtype: str = "float32"
     multiple: int = 128
-    pools: Pools | None = None
+    pools: Pools | Literal["as trained"] | None = AS_TRAINED
     max_part_bytes: int | None = None
 
 
@@ -82,8 +85,8 @@ def to_olmo_core(source: str, out: Path, options: CoreOptions | None = None) -> 
               "options": asdict(plan.options)}
     if is_converted(out, record):
         return describe(plan)
-    require_space(out.parent, plan.total_bytes + ARCHIVE_BYTES * len(plan.groups), "The training checkpoint")
-    with plan.source, staged_directory(out, _key(plan), CONVERTED) as folder:
+    needed = plan.total_bytes + ARCHIVE_BYTES * len(plan.groups)
+    with plan.source, output_directory(out, _key(plan), CONVERTED, needed, [plan.source.directory]) as folder:
         _write_weights(plan, folder / WEIGHTS)
         copy_tokenizer(plan.source.directory, folder / "tokenizer")
         write_json(folder / ".metadata.json", {"ephemeral": False, "version": _version()})
@@ -98,7 +101,9 @@ def plan_olmo_core(source: str, options: CoreOptions, *, download: bool = True) 
         raise SpecError(f"Cannot store weights as {options.dtype!r}; choose {', '.join(DTYPES_OF_WEIGHTS)}.")
     checkpoint = open_checkpoint(source, download=download)
     config = checkpoint.config
-    model = read_released(config, pools=options.pools, balance=_balance(config))
+    trained = _trained_with(checkpoint)
+    pools = _pools(trained) if options.pools == AS_TRAINED else options.pools
+    model = read_released(config, pools=pools, balance=trained.get("load_balancing_weight") or _balance(config))
     model = replace(model, tokens=replace(model.tokens, vocab_size=_tokenizer_size(checkpoint, model)))
     _check_routing(model)
     parts = tuple(groups(model))
@@ -115,6 +120,7 @@ def describe(plan: CorePlan) -> dict[str, Any]:
             "shared": max(layer.shared for layer in plan.model.layers), "vocabulary": plan.model.vocabulary,
             "added_rows": plan.added_rows, "dtype": plan.options.dtype, "tensors": len(plan.groups),
             "bytes": plan.total_bytes, "memory_bytes": max(map(plan.bytes_of, plan.groups)),
+            "pools": asdict(plan.model.pools) if plan.model.pools else None,
             "optimiser_state": False}
 
 
@@ -132,6 +138,17 @@ def _released(plan: CorePlan, group: Group) -> Iterator[Tensor]:
             raise NumericError(f"{name} in {plan.source.directory} holds NaN or infinite values; download or save the "
                                "checkpoint again.")
         yield tensor
+
+
+def _trained_with(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What our own conversion of the training has noted beside the weights; empty where there is no note."""
+    path = checkpoint.directory / RECORD
+    return dict(read_json_object(path, CheckpointError).get("trained_with") or {}) if path.is_file() else {}
+
+
+def _pools(trained: dict[str, Any]) -> Pools | None:
+    found = trained.get("pools")
+    return Pools(found["least"], found["most"], found["evaluation"]) if found else None
 
 
 def _balance(config: dict[str, Any]) -> float:

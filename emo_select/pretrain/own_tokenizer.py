@@ -11,7 +11,7 @@ from typing import Any
 from emo_select.errors import SpecError
 from emo_select.pretrain.texts import Source, documents
 from emo_select.progress import say, track
-from emo_select.tree import read_json, staged_directory, write_bytes, write_json
+from emo_select.tree import output_directory, read_json, write_bytes, write_json
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 BYTES = 256
@@ -36,7 +36,7 @@ def train_tokenizer(sources: Sequence[Source], out: Path, size: int, *, field: s
     if _is_made(out, identity):
         return
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    with staged_directory(out, key, "tokenizer") as folder:
+    with output_directory(out, key, "tokenizer", 0) as folder:
         trained = _train(sources, size, field, lines)
         write_bytes(folder / "tokenizer.json", (trained.to_str(pretty=True) + "\n").encode())
         write_json(folder / "tokenizer_config.json", {

@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,11 @@ from emo_select.errors import EmoSelectError, SpecError, TokenDataError
 from emo_select.pretrain.texts import Source, documents, grouped
 from emo_select.pretrain.tokens import BYTES, MANIFEST, TOKENIZER, dtype_for, vocabulary_of
 from emo_select.progress import Bar, say, track
-from emo_select.tree import read_json, require_space, staged_directory, write_json
+from emo_select.tree import output_directory, read_json, write_json
 
 FORMAT, MIX = 1, "mix.txt"
 BATCH_CHARACTERS = 4_000_000  # of text in memory, per process
+WATCH_S = 0.3  # a process sees that its parent has gone after so many seconds
 BYTES_PER_TOKEN = 4  # of text, about; for estimates
 
 
@@ -91,10 +95,9 @@ def tokenize(sources: Sequence[Source], out: Path, tokenizer: str, options: Opti
                 "tokenizer_sha256": files.sha256}
     if _is_done(out, identity):
         return dict(read_json(out / MANIFEST))
-    if known := [source.size for source in sources if source.size is not None]:
-        require_space(out.parent, sum(known) // BYTES_PER_TOKEN * BYTES[dtype], "The token files")
+    needed = sum(source.size or 0 for source in sources) // BYTES_PER_TOKEN * BYTES[dtype]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    with staged_directory(out, key, "token files") as folder:
+    with output_directory(out, key, "token files", needed) as folder:
         if (folder / MANIFEST).exists():  # only the renaming was left to do
             return dict(read_json(folder / MANIFEST))
         jobs = [Job(number, group[0], tuple(sources[source] for source in group), folder, files.path, vocabulary.eos,
@@ -133,12 +136,18 @@ def _run(jobs: Sequence[Job], workers: int | None) -> list[list[dict[str, Any]]]
     with track(f"Tokenizing ({unit})", total) as bar:
         if count == 1:
             return [_tokenize(job, bar) for job in jobs]
-        pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_one_thread)
+        others = set(active_children())
+        pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_in_worker,
+                                   initargs=(os.getpid(),))
         try:
             return _collected(pool, jobs, bar)
         except BrokenProcessPool:
             raise EmoSelectError("A process that tokenized was killed, perhaps because memory ran out; the same "
                                  "command goes on after the last whole file; give it fewer --workers.") from None
+        except BaseException:
+            for child in set(active_children()) - others:  # they would first finish what they have begun
+                child.terminate()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -154,10 +163,18 @@ def _collected(pool: ProcessPoolExecutor, jobs: Sequence[Job], bar: Bar) -> list
     return [records[job.number] for job in jobs]
 
 
-def _one_thread() -> None:
-    """Processes share the cores: none of them starts threads of its own."""
+def _in_worker(parent: int) -> None:
+    """Processes share the cores, leave Ctrl-C to their parent, and end with it, however it ends."""
     os.environ["RAYON_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCH_S)
+    os._exit(1)
 
 
 def _tokenize(job: Job, bar: Bar | None = None) -> list[dict[str, Any]]:

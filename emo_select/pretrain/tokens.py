@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from emo_select import textfile
 from emo_select.checkpoint.tokenizer import TokenizerFiles, tokenizer_folder
 from emo_select.errors import TokenDataError
+from emo_select.progress import track
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,6 +141,37 @@ def read_tokens(path: Path, dtype: str) -> np.ndarray:
     return np.memmap(path, mode="r", dtype=np.dtype(dtype).newbyteorder("<"))
 
 
+def shares(data: TokenData) -> dict[str, dict[str, int]]:
+    """Label → files and tokens, in the order of the mix."""
+    counted: dict[str, dict[str, int]] = {}
+    for label, tokens in zip(data.labels, data.sizes, strict=True):
+        entry = counted.setdefault(label, {"files": 0, "tokens": 0})
+        entry["files"] += 1
+        entry["tokens"] += tokens
+    return counted
+
+
+def verify(data: TokenData) -> int:
+    """Compare every byte with the checksums in manifests; returns how many files have one.
+
+    Raises:
+        TokenDataError: names a file that is not the one its manifest describes.
+    """
+    manifests, checked = _manifests(data.files), 0
+    with track("Reading token files", len(data.files)) as bar:
+        for path in data.files:
+            entry = _entry(manifests.get(path.parent), path)
+            if entry is not None:
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                if found != entry["sha256"]:
+                    raise TokenDataError(f"{path} is not the file that its manifest describes; copy it again, or "
+                                         "tokenize its texts again.")
+                checked += 1
+            bar.advance()
+    return checked
+
+
 def vocabulary_of(name: str, *, download: bool = True) -> Vocabulary:
     """What the tokenizer `name` (folder, Hub id, demo/NAME) says of token files.
 
@@ -250,8 +282,13 @@ def _manifest(folder: Path) -> Any:
 
 
 def _recorded(manifest: Any, file: Path) -> int | None:
+    entry = _entry(manifest, file)
+    return entry["bytes"] if entry else None
+
+
+def _entry(manifest: Any, file: Path) -> Any:
     entries = manifest["files"] if manifest else ()
-    return next((entry["bytes"] for entry in entries if entry["file"] == file.name), None)
+    return next((entry for entry in entries if entry["file"] == file.name), None)
 
 
 def _vocabulary(path: Path, tokenizer: str | None, manifests: dict[Path, Any]) -> Vocabulary:

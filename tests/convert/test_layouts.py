@@ -146,12 +146,15 @@ def test_the_command_converts_checks_and_reports(cases, tmp_path):
                "--json")
     assert back.exit_code == 0 and json.loads(back.stdout)["check"]["holds"]
     assert read_experiment(tmp_path / "step0").pools == Pools(4, 15, 9)
+    for words, pools in (((), Pools(4, 16, 8)), (("--pool", "none"), None)):  # as trained, by conversion.json
+        again = run(tmp_path / "out", "--to", "olmo-core", "--out", tmp_path / f"step{len(words)}1", *words)
+        assert again.exit_code == 0 and read_experiment(tmp_path / f"step{len(words)}1").pools == pools
 
 
 @pytest.mark.parametrize("words, message", [
     (["--to", "hf", "--pool", "8-128"], "--pool belongs to --to olmo-core"),
     (["--to", "olmo-core", "--cut-vocabulary"], "--cut-vocabulary belongs to --to hf"),
-    (["--to", "olmo-core", "--pool", "many"], "not a range"),
+    (["--to", "olmo-core", "--pool", "many"], "nor a range"),
     (["--to", "hf", "--dtype", "int4"], "int4"),
 ])
 def test_options_that_do_not_go_together_are_refused(cases, tmp_path, words, message):

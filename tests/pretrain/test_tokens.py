@@ -6,7 +6,9 @@ import json
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from emo_select.cli.app import app
 from emo_select.errors import ModelError, TokenDataError
 from emo_select.pretrain.tokens import Vocabulary, check_file, dtype_for, read_mix, read_tokens
 
@@ -140,3 +142,28 @@ def test_one_end_in_a_long_file_is_found_where_no_sample_looks(tmp_path, tokeniz
         read_mix(path, tokenizer=tokenizer)
     numbers[1_000_003] = EOS
     assert read_mix(write(path, numbers), tokenizer=tokenizer).tokens == 3_000_000
+
+
+def test_the_command_shows_shares_and_compares_checksums(tmp_path, tokenizer):
+    from emo_select.pretrain import tokenize
+    from emo_select.pretrain.own_tokenizer import train_tokenizer
+    from emo_select.pretrain.texts import find_sources
+
+    (tmp_path / "a.txt").write_text("the harbor is green " * 30)
+    sources = find_sources([str(tmp_path / "a.txt")])
+    train_tokenizer(sources, tmp_path / "small", 260)
+    tokenize.tokenize(sources, tmp_path / "one", str(tmp_path / "small"))
+    write(tmp_path / "two.npy", [5, 6, 0] * 100)
+    listed = mix(tmp_path, "web,one/part-00000-00000.npy\nbooks,two.npy\n")
+    result = CliRunner().invoke(app, ["mix", str(listed), "--json", "--checksums"])
+    assert result.exit_code == 0, result.exception
+    report = json.loads(result.stdout)
+    assert report["labels"]["books"] == {"files": 1, "tokens": 300} and report["checksums"] == 1
+    shown = CliRunner().invoke(app, ["mix", str(tmp_path / "one")])
+    assert shown.exit_code == 0 and "100.0%" in shown.stdout
+    path = tmp_path / "one" / "part-00000-00000.npy"
+    data = bytearray(path.read_bytes())
+    data[2:4] = data[4:6]
+    path.write_bytes(data)
+    again = CliRunner().invoke(app, ["mix", str(listed), "--checksums"])
+    assert again.exit_code != 0 and "is not the file" in str(again.exception)
