@@ -64,6 +64,9 @@ ModularTask = Annotated[list[str], typer.Option("--modularity-task", help="Tasks
 ModularSteps = Annotated[int, typer.Option("--modularity-steps", min=1, help="Saved steps to look at, evenly spread, "
                                            "the last included.", rich_help_panel=MODULAR)]
 
+ModularLimit = Annotated[int | None, typer.Option("--modularity-limit", min=1, show_default="all", help="Test documents "
+                                                  "of each task.", rich_help_panel=MODULAR)]
+
 
 def pretrain(
     recipe: Name = None,
@@ -89,6 +92,7 @@ def pretrain(
     evaluate_modularity: Modularity = [],  # noqa: B006
     modularity_task: ModularTask = [],  # noqa: B006
     modularity_steps: ModularSteps = 3,
+    modularity_limit: ModularLimit = None,
     tokens_per_second: Rate = None,
     listing: Listing = False,
     dry_run: DryRun = False,
@@ -108,20 +112,20 @@ def pretrain(
         raise SpecError("Name a recipe; `emo-select pretrain --list` shows the shipped ones.")
     chosen = _recipe(recipe, changes, published_draws)
     processes = _processes(gpus, profile)
+    settings = RunSettings(
+        data=str(data or ""), data_root=str(data_root) if data_root else None, tokenizer=tokenizer, device=device,
+        compile=compile_blocks, threads=threads, stop_at=stop_at, spike=spike, tensorboard=tensorboard, wandb=wandb,
+        evaluate=benchmarks)
     if dry_run:
-        _show_plan(chosen, processes, tokens_per_second, as_json)
+        _show_plan(chosen, settings, processes, tokens_per_second, as_json)
         return
     if data is None:
         raise SpecError("--data names the token files; `emo-select tokenize` makes them from text.")
     folder = out or Path("pretrained") / chosen.name
-    settings = RunSettings(
-        data=str(data), data_root=str(data_root) if data_root else None, tokenizer=tokenizer, device=device,
-        compile=compile_blocks, threads=threads, stop_at=stop_at, spike=spike, tensorboard=tensorboard, wandb=wandb,
-        evaluate=benchmarks)
     record = _record(chosen, settings, processes, start, new_data)
     _start(folder, record, settings, profile, allow_other_ranks)
     if profile is None and evaluate_modularity:
-        _modularity(folder, evaluate_modularity, modularity_task, modularity_steps)
+        _modularity(folder, evaluate_modularity, modularity_task, modularity_steps, modularity_limit)
     if as_json:
         emit({"run": str(folder), "steps": chosen.steps})
 
@@ -154,11 +158,17 @@ def _processes(gpus: int | None, profile: str | None) -> int:
     return gpus or 1
 
 
-def _show_plan(recipe: Recipe, gpus: int, rate: float | None, as_json: bool) -> None:
+def _show_plan(recipe: Recipe, settings: RunSettings, gpus: int, rate: float | None, as_json: bool) -> None:
     from emo_select.pretrain.plan import Plan, check_divides
+    from emo_select.pretrain.run import check_data, open_data, with_tokenizer_of
 
+    available = None
+    if settings.data:
+        data = open_data(settings)
+        recipe, available = with_tokenizer_of(recipe, data), data.tokens
+        check_data(recipe, data)
     check_divides(recipe, gpus)
-    plan = Plan(recipe, gpus, rate)
+    plan = Plan(recipe, gpus, rate, available)
     if as_json:
         emit(plan.told())
     else:
@@ -173,7 +183,7 @@ def _plan_table(plan: Plan) -> Any:
     rows: dict[str, str] = {
         "parameters": f"{total:,} ({active:,} per token)",
         "steps": f"{plan.recipe.steps:,} of {plan.recipe.batch_tokens:,} tokens",
-        "tokens": f"{plan.tokens:,}",
+        "tokens": f"{plan.tokens:,}" + ("" if plan.epochs is None else f", the data {plan.epochs:.2f} times"),
         "micro-batches": f"{plan.accumulated} a step on each GPU; experts balanced over {plan.balance_group} sequences",
         "token files": f"{plan.data_bytes / 1e9:,.1f} GB",
         "checkpoints": f"{plan.checkpoints} of {plan.checkpoint_bytes / 1e9:,.1f} GB",
@@ -271,11 +281,11 @@ def _draw(out: Path) -> None:
         draw(out)
 
 
-def _modularity(out: Path, keep_ks: list[str], tasks: list[str], steps: int) -> None:
+def _modularity(out: Path, keep_ks: list[str], tasks: list[str], steps: int, limit: int | None) -> None:
     from emo_select.cli.common import listed
     from emo_select.pipeline.modularity import evaluate_steps
 
-    evaluate_steps(out, listed(keep_ks), listed(tasks), steps)
+    evaluate_steps(out, listed(keep_ks), listed(tasks), steps, limit=limit)
 
 
 def doctor(as_json: AsJson = False) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,26 @@ STAGES = ("activations", "select", "prune", "eval")
 REPORT = "modularity.json"
 
 
-def evaluate_steps(out: Path, keep_ks: Sequence[str], tasks: Sequence[str], count: int,
+def evaluate_steps(out: Path, keep_ks: Sequence[str], tasks: Sequence[str], count: int, *, limit: int | None = None,
                    execution: Execution | None = None) -> list[dict[str, Any]]:
     """Select, prune and evaluate `count` saved steps of a run, spread evenly; a stopped call goes on where it was.
 
     Writes <out>/modularity.json and a plot, beside the converted checkpoints (hf/) and the run tree (modularity/).
-    Returns per step, task and keep-k the task's primary score. Raises `SpecError` without tasks or checkpoints.
+    `limit` caps the test documents of a task. Returns per step, task and keep-k the task's primary score. Raises `SpecError` without tasks or checkpoints.
     """
     if not tasks:
         raise SpecError("--evaluate-modularity needs --modularity-task TASK: what the experts are selected for.")
     steps = spread(saved_steps(out), count)
     if not steps:
         raise SpecError(f"{out} has no complete checkpoint to evaluate.")
-    told = [point for step in steps for point in _points(out, step, [*keep_ks, "full"], tasks, execution)]
-    write_json(out / REPORT, told)
+    settings = {"evaluation": {"limit": limit}} if limit else {}
+    told: list[dict[str, Any]] = []
+    for step in steps:
+        model = out / "hf" / f"step{step}"
+        to_hf(out / f"step{step}", model)
+        wanted = Wanted([str(model)], tasks, [*keep_ks, "full"], settings=settings)
+        told += [{"step": step, **point} for point in _points(wanted, out, execution or Execution())]
+        write_json(out / REPORT, told)
     _draw(told, out / "watch" / "modularity.png")
     return told
 
@@ -47,18 +53,13 @@ def spread(steps: Sequence[int], count: int) -> list[int]:
     return sorted({min(trained, key=lambda step: abs(step - at)) for at in wanted})
 
 
-def _points(out: Path, step: int, keep_ks: Sequence[str], tasks: Sequence[str],
-            execution: Execution | None) -> list[dict[str, Any]]:
-    model = out / "hf" / f"step{step}"
-    to_hf(out / f"step{step}", model)
-    runs = expand(Wanted([str(model)], tasks, keep_ks), Tree.at(out / "modularity"), execution or Execution())
-    points = []
-    for run in runs:
+def _points(wanted: Wanted, out: Path, execution: Execution) -> Iterator[dict[str, Any]]:
+    """Run one step's product of tasks and keep-k and give the score of each."""
+    for run in expand(wanted, Tree.at(out / "modularity"), execution):
         execute(run, plan(run, STAGES, ()))
-        score = read_json(run.paths.result(0))["metrics"]["primary_score"]
-        points.append({"step": step, "task": run.spec.task, "keep_k": run.spec.keep_k, "score": score})
-        say(f"step {step}, {run.spec.task}, {run.spec.keep_k} experts: {score:.3f}")
-    return points
+        score = float(read_json(run.paths.result(0))["metrics"]["primary_score"])
+        say(f"{Path(run.spec.model).name}, {run.spec.task}, {run.spec.keep_k} experts: {score:.3f}")
+        yield {"task": run.spec.task, "keep_k": run.spec.keep_k, "score": score}
 
 
 def _draw(told: Sequence[dict[str, Any]], path: Path) -> None:

@@ -17,11 +17,18 @@ class Plan:
     recipe: Recipe
     gpus: int
     tokens_per_second: float | None = None
+    available: int | None = None
+    """Tokens of the data, if it is known."""
 
     @property
     def tokens(self) -> int:
         """Tokens that are trained on, whole batches."""
         return self.recipe.steps * self.recipe.batch_tokens
+
+    @property
+    def epochs(self) -> float | None:
+        """How often the data is read."""
+        return None if self.available is None else self.tokens / max(1, self.available)
 
     @property
     def accumulated(self) -> int:
@@ -73,7 +80,7 @@ class Plan:
         hours = self.gpu_hours
         return {
             "recipe": self.recipe.name, "parameters": total, "active_parameters": active, "steps": self.recipe.steps,
-            "tokens": self.tokens, "batch_tokens": self.recipe.batch_tokens, "gpus": self.gpus,
+            "tokens": self.tokens, "epochs": self.epochs, "batch_tokens": self.recipe.batch_tokens, "gpus": self.gpus,
             "micro_batches_per_step": self.accumulated, "balance_group_sequences": self.balance_group,
             "data_bytes": self.data_bytes, "checkpoint_bytes": self.checkpoint_bytes,
             "checkpoints": self.checkpoints,

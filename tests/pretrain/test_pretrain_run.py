@@ -260,6 +260,19 @@ def test_a_released_model_becomes_a_start_without_optimiser_state(inputs, undist
     assert abs(first["loss"] - last["loss"]) < 0.5
 
 
+def test_modularity_of_saved_steps_is_measured(undisturbed):
+    from emo_select.pipeline.modularity import evaluate_steps, spread
+
+    assert spread([0, 4, 8, 12], 2) == [8, 12] and spread([0, 4, 8, 12], 9) == [4, 8, 12] and spread([0], 1) == []
+    told = evaluate_steps(undisturbed, ["3"], ["demo_railway"], 1, limit=4)
+    assert [(point["step"], point["keep_k"]) for point in told] == [(12, 3), (12, 8)]
+    assert all(0 <= point["score"] <= 1 for point in told)
+    assert json.loads((undisturbed / "modularity.json").read_text()) == told
+    assert (undisturbed / "watch/modularity.png").is_file()
+    with pytest.raises(SpecError, match="--modularity-task"):
+        evaluate_steps(undisturbed, ["3"], [], 1)
+
+
 def test_a_dry_run_tells_steps_bytes_memory_and_hours(tmp_path):
     line = ["pretrain", "emo_1b14b_1t", "--gpus", "128", "--tokens-per-second", "20000", "--dry-run", "--json"]
     told = json.loads(CliRunner().invoke(app, line).stdout)

@@ -67,13 +67,19 @@ def _train(out: Path, record: RunRecord, settings: RunSettings, data: TokenData)
                                             micro_batches=micro, spike=settings.spike))
         _evaluator(trainer, record, settings)
         if started and not steps:
-            trainer.load_checkpoint(started.checkpoint, load_trainer_state=started.same_data,
-                                    load_optim_state=started.optimiser)
+            _load(trainer, started)
         _fit(trainer, out)
     if dist.is_initialized():
         dist.barrier()
     if trainer.global_step < last and settings.stop_at is None:
         raise SystemExit(143)  # stopped by a signal, a checkpoint was saved
+
+
+def _load(trainer: Any, started: Started) -> None:
+    """Begin with the weights of a checkpoint, and with moments, step and place in the data as far as wanted."""
+    whole = started.same_data  # otherwise only the weights' folder, which need not have a trainer's state beside it
+    folder = Path(started.checkpoint) if whole else Path(started.checkpoint) / "model_and_optim"
+    trainer.load_checkpoint(str(folder), load_trainer_state=whole, load_optim_state=started.optimiser)
 
 
 def _fit(trainer: Any, out: Path) -> None:
