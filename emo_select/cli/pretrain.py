@@ -64,8 +64,8 @@ ModularTask = Annotated[list[str], typer.Option("--modularity-task", help="Tasks
 ModularSteps = Annotated[int, typer.Option("--modularity-steps", min=1, help="Saved steps to look at, evenly spread, "
                                            "the last included.", rich_help_panel=MODULAR)]
 
-ModularLimit = Annotated[int | None, typer.Option("--modularity-limit", min=1, show_default="all", help="Test documents "
-                                                  "of each task.", rich_help_panel=MODULAR)]
+ModularLimit = Annotated[int | None, typer.Option("--modularity-limit", min=1, show_default="all",
+                                                  help="Test documents of each task.", rich_help_panel=MODULAR)]
 
 
 def pretrain(

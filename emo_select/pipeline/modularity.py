@@ -25,7 +25,8 @@ def evaluate_steps(out: Path, keep_ks: Sequence[str], tasks: Sequence[str], coun
     """Select, prune and evaluate `count` saved steps of a run, spread evenly; a stopped call goes on where it was.
 
     Writes <out>/modularity.json and a plot, beside the converted checkpoints (hf/) and the run tree (modularity/).
-    `limit` caps the test documents of a task. Returns per step, task and keep-k the task's primary score. Raises `SpecError` without tasks or checkpoints.
+    `limit` caps the test documents of a task. Returns per step, task and keep-k the task's primary score. Raises
+    `SpecError` without tasks or checkpoints.
     """
     if not tasks:
         raise SpecError("--evaluate-modularity needs --modularity-task TASK: what the experts are selected for.")
