@@ -11,8 +11,9 @@ import io
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -252,12 +253,11 @@ def _piece(tensor: Record, index: Record, place: Record) -> Piece:
 
 
 def _check_pieces(name: str, tensor: StoredTensor, folder: Path) -> None:
-    """Pieces that lie inside, overlap nowhere and have together as many values as the tensor are the tensor."""
+    """Pieces that lie inside, overlap nowhere and have together as many values as the tensor make it up."""
     inside = all(at >= 0 and at + size <= whole for piece in tensor.pieces
                  for at, size, whole in zip(piece.start, piece.shape, tensor.shape, strict=True))
     values = sum(math.prod(piece.shape) for piece in tensor.pieces)
-    distinct = len({piece.start for piece in tensor.pieces}) == len(tensor.pieces)
-    if not (inside and distinct and values == math.prod(tensor.shape)):
+    if not (inside and _apart(tensor.pieces) and values == math.prod(tensor.shape)):
         raise CheckpointError(f"{folder / METADATA_FILE} describes {name} by pieces that do not make it up; parts of "
                               "the checkpoint are missing.")
     if tensor.dtype not in SAFETENSORS_DTYPE:
@@ -292,3 +292,12 @@ def _heads(part: io.BufferedReader) -> list[bytes]:
         return [part.read()]
     with zipfile.ZipFile(part) as archive:
         return [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+
+
+def _apart(pieces: Sequence[Piece]) -> bool:
+    """Whether no two pieces overlap. Those of the usual kind, rows of a tensor, are compared with the next one only."""
+    ordered = sorted(pieces, key=lambda piece: piece.start)
+    only_rows = len({(piece.start[1:], piece.shape[1:]) for piece in pieces}) == 1
+    pairs = pairwise(ordered) if only_rows else combinations(ordered, 2)
+    return all(any(a + length <= b or b + width <= a for a, length, b, width in zip(
+        one.start, one.shape, other.start, other.shape, strict=True)) for one, other in pairs)
