@@ -327,8 +327,7 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
             **{CACHE: cache if cache is not None else past_key_values},
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(at_positions(outputs.last_hidden_state, logits_to_keep))
         ce_loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         aux_loss = None
         if output_router_logits:
@@ -358,6 +357,19 @@ def _counted_tokens(labels: Tensor | None, attention_mask: Any, length: int) -> 
         return labels != -100
     plain = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
     return attention_mask[:, -length:] if plain else None
+
+
+def at_positions(hidden: Tensor, kept: int | Tensor) -> Tensor:
+    """The positions of `hidden` (B, S, D) whose logits are wanted, as transformers from 5.21 on understands them.
+
+    An int: the last ones (0: all); (K,): the same in every row; integers (B, K): of each row; booleans (B, S): those
+    that are true, in one list (K, D).
+    """
+    if isinstance(kept, int):
+        return hidden[:, slice(-kept, None)]
+    if kept.ndim == 1:
+        return hidden[:, kept]
+    return hidden[kept] if kept.dtype == torch.bool else torch.take_along_dim(hidden, kept[..., None], dim=1)
 
 
 class FlexOlmoNoQKNormPrenormModel(EmoModel):

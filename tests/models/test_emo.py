@@ -263,6 +263,10 @@ def test_logits_to_keep(tiny):
     full = model(IDS).logits
     assert torch.allclose(model(IDS, logits_to_keep=2).logits, full[:, -2:], atol=1e-6)
     assert torch.allclose(model(IDS, logits_to_keep=torch.tensor([1, 4])).logits, full[:, [1, 4]], atol=1e-6)
+    each = torch.stack([full[0, [1, 4]], full[1, [2, 7]]])
+    assert torch.allclose(model(IDS, logits_to_keep=torch.tensor([[1, 4], [2, 7]])).logits, each, atol=1e-6)
+    mask = torch.arange(8) > torch.tensor([[5], [2]])
+    assert torch.allclose(model(IDS, logits_to_keep=mask).logits, full[mask], atol=1e-6)
 
 
 def test_cache_gives_the_logits_of_the_whole_sequence(tiny):
