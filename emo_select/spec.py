@@ -359,16 +359,16 @@ def listed(values: str | Iterable[str]) -> list[str]:
 def keep_ks_in(values: str | Iterable[str]) -> list[str]:
     """Flatten repeated and comma-separated keep-k.
 
-    Raises `KeepKError` for 12,5% by itself, which is most likely a decimal comma; within a longer list it is said how
-    it is read.
+    A number before a share may be meant as one with a decimal comma. Raises `KeepKError` where that is likely, because
+    the share is a half, quarter, eighth, … (12,5% or 6,25%); elsewhere (4,50%) it is said how it is read.
     """
     several = [values] if isinstance(values, str) else list(values)
     for value in several:
-        found = re.search(r"(?<![\w.%])(\d+),(\d+%)", value)
-        if found and found[0] == value.strip():
-            raise KeepKError(f"keep-k {value!r} can be read in two ways: write {found[1]}.{found[2]} for a share, or "
-                             f"--keep-k {found[1]} --keep-k {found[2]} for two numbers.")
-        if found:
+        for found in re.finditer(r"(?<![\w.%])(\d+),(\d+)%", value):
+            share = Fraction(f"{found[1]}.{found[2]}") / 100
+            if share < 1 and share.denominator.bit_count() == 1:  # a power of two, as numbers of experts are
+                raise KeepKError(f"keep-k {found[0]!r} can be read in two ways: write {found[1]}.{found[2]}% for a "
+                                 f"share, or --keep-k {found[1]} --keep-k {found[2]}% for two numbers.")
             progress.say(f"keep-k {value!r} is read as {', '.join(listed(value))}; shares have a decimal point.")
     return listed(several)
 

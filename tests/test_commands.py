@@ -53,6 +53,7 @@ def test_a_sweep_over_released_models_is_planned_whole():
                             "--tokens-per-second", "20000"))
     assert plan["runs"] == {"all": 1012, "done": 0, "to_do": 1012}
     assert plan["cost"]["unknown"] == 0
+    assert plan["memory_bytes"] == 16 * 13_568_641_024  # finetuning with all experts
     assert plan["cost"]["tokens"] > 1e9 and plan["disk_bytes"] > 10e12 and plan["seconds"] > 3600
 
 

@@ -143,8 +143,12 @@ def test_a_decimal_comma_is_not_taken_for_two_numbers(capsys):
     assert keep_ks_in("12, 5%") == ["12", "5%"]
     with pytest.raises(KeepKError, match=r"12\.5% for a share, or --keep-k 12 --keep-k 5%"):
         keep_ks_in(["12,5%"])
-    assert keep_ks_in(["4,25%,full"]) == ["4", "25%", "full"]
-    assert "is read as 4, 25%, full" in " ".join(capsys.readouterr().err.split())
+    for text in ("6,25%", "full,12,50%", "3,125%,8"):
+        with pytest.raises(KeepKError, match="two ways"):
+            keep_ks_in(text)
+    for text in ("4,50%", "4,25%,full", "2,5%"):
+        assert keep_ks_in(text) == text.split(",")
+        assert f"is read as {text.replace(',', ', ')}; shares" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_call_with_a_wrong_keyword_names_the_near_match():

@@ -13,7 +13,8 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from emo_select.cli.app import app
-from emo_select.cli.columns import Column, build, fitting
+from emo_select.cli.columns import Column, _narrowed, build, fitting
+from emo_select.tables import Table
 
 PROGRAM = Path(sys.executable).with_name("emo-select")
 
@@ -33,7 +34,7 @@ COMMANDS = list(every_command(typer.main.get_command(app)))
 def test_help_names_every_option_whole_and_keeps_to_the_width(path, command, columns):
     shown = CliRunner().invoke(app, [*path, "--help"], terminal_width=columns).stdout
     words = set(re.findall(r"[\w-]+", shown))
-    for parameter in command.params:
+    for parameter in (one for one in command.params if not getattr(one, "hidden", False)):
         for name in (*parameter.opts, *parameter.secondary_opts):
             assert parameter.param_type_name == "argument" or name in words, name
     for name in getattr(command, "commands", {}):
@@ -82,3 +83,13 @@ def test_columns_go_by_rank_and_cells_wrap():
     assert fitting(columns, rows, 50) == [0, 2]
     assert fitting(columns, rows, 20) == [0]
     assert build(columns, rows).columns[0].overflow == "fold"
+
+
+def test_result_tables_make_room_and_say_so():
+    columns = ["model", "keep-k", "setting", "metric", "n", "before", "± before", "memory GB"]
+    rows = [["m" * 20, keep_k, "batch 64", "acc_raw", 160, 0.5, 0.01, 1.0] for keep_k in (4, 8)]
+    table = Table("summary", columns, rows)
+    assert _narrowed(table, None).columns == columns
+    assert _narrowed(table, 80).columns == [name for name in columns if name != "memory GB"]
+    assert _narrowed(table, 70).columns == [name for name in columns if name not in ("memory GB", "setting")]
+    assert _narrowed(table, 10).columns == ["model", "keep-k", "metric", "before", "± before"]

@@ -6,6 +6,7 @@ process's resident set until the map goes, and a shard cut short while mapped ki
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,6 +75,16 @@ class Checkpoint:
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.bytes for info in self.tensors.values())
+
+    @cached_property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(math.prod(info.shape) for info in self.tensors.values())
+
+    @cached_property
+    def largest_layer_bytes(self) -> int:
+        """Bytes of the decoder layer that has most."""
+        return max((sum(self.tensors[name].bytes for name in names) for names in self.layers.values()), default=0)
 
     @property
     def shards(self) -> list[str]:

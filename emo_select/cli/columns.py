@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from emo_select import progress
+
+if TYPE_CHECKING:
+    from emo_select.tables import Table as Results
 
 GAP = 2
 NARROW = 12  # columns up to this width do not wrap; wider ones make room for them
@@ -69,3 +73,35 @@ def fitting(columns: Sequence[Column], rows: Sequence[Sequence[Text]], width: in
 
 def _natural(columns: Sequence[Column], rows: Sequence[Sequence[Text]], kept: Sequence[int]) -> int:
     return sum(max([len(columns[number].name), *(len(row[number]) for row in rows)]) + GAP for number in kept)
+
+
+MISSED_FIRST, MISSED_LAST = ("memory GB", "disk GB", "time", "seeds", "tasks"), ("n", "documents", "group", "setting")
+"""Columns of result tables in the order in which they make room; between them those that say one thing in all rows."""
+
+
+def show_results(tables: Sequence[Results], *, headings: bool = False) -> None:
+    """Print result tables as text; on a terminal without the columns that it has no room for, which are named."""
+    from emo_select.tables import render
+
+    console = Console(file=sys.stdout)
+    for number, table in enumerate(tables):
+        kept = _narrowed(table, console.width if console.is_terminal else None)
+        heading = f"{table.name}\n\n" if headings else ""
+        sys.stdout.write(heading + render(kept, "text") + ("" if number == len(tables) - 1 else "\n"))
+        missing = [name for name in table.columns if name not in kept.columns]
+        if missing:
+            progress.say(f"Left out at {console.width} columns: {', '.join(missing)} (--json, --to or a pipe has all).")
+
+
+def _narrowed(table: Results, width: int | None) -> Results:
+    from emo_select.tables import render
+
+    same = [name for at, name in enumerate(table.columns[2:], 2) if len({row[at] for row in table.rows}) == 1]
+    for name in (*MISSED_FIRST, *(name for name in ("setting", "group") if name in same), *MISSED_LAST):
+        if width is None or max(map(len, render(table, "text").splitlines()), default=0) <= width:
+            break
+        if name in table.columns:
+            at = table.columns.index(name)
+            table = replace(table, columns=table.columns[:at] + table.columns[at + 1:],
+                            rows=[row[:at] + row[at + 1:] for row in table.rows])
+    return table

@@ -141,6 +141,7 @@ def _run_all(runs: list[Run], stages: str, force: str, output_dir: str | None, t
 def _show_table(output_dir: str | None, runs: list[Run], *, as_json: bool) -> None:
     """The methods side by side for these runs' models and tasks, other keep-k of theirs included."""
     from emo_select import progress, tables
+    from emo_select.cli.columns import show_results
 
     layout, records = tables.load_layout(None), tables.load_tree(output_dir)
     models, tasks = ({getattr(run.spec, name) for run in runs} for name in ("model_directory", "task"))
@@ -150,5 +151,5 @@ def _show_table(output_dir: str | None, runs: list[Run], *, as_json: bool) -> No
     if as_json:
         common.emit({table.name: table.records() for table in made})
     else:
-        typer.echo("\n\n".join(tables.render(table, "text") for table in made))
+        show_results(made)
     progress.say(f"Files: {runs[0].tree.root.resolve()}")

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emo_select import progress
-from emo_select.cli.columns import Column, build, show
+from emo_select.cli.columns import Column, build, show, show_results
 from emo_select.errors import EmoSelectError
 from emo_select.sweeps import estimate, states
 from emo_select.sweeps.bench import pending
@@ -49,6 +49,7 @@ def plan_data(control: Control, tokens_per_second: float | None) -> dict[str, An
         "seconds": estimator.seconds(shared, rates),
         "tokens_per_second": asdict(rates),
         "keep_weights": keep,
+        "memory_bytes": estimator.memory(left),
         "disk_bytes": estimate.disk_need(bench, control.units, keep, profile.max_parallel),
     }
 
@@ -65,6 +66,7 @@ def show_plan(found: dict[str, Any]) -> None:
     if runs["to_do"] > cost["unknown"]:
         _show_costs(cost, alone)
         typer.echo(f"Disk: {_bytes(found['disk_bytes'])} with --keep-weights {found['keep_weights']}. "
+                   f"Memory of one run: at most {_bytes(found['memory_bytes'])}. "
                    f"Time: {_time(found['seconds'])}.")
     if cost["unknown"]:
         typer.echo(f"{cost['unknown']} runs are left out of the costs: their model or data is not on this machine.")
@@ -168,7 +170,7 @@ def show_table(control: Control) -> None:
         return
     filters = tables.Filters(tuple(sorted(models)), tuple(sorted(tasks & known)))
     made, _ = tables.make("methods", records, tables.load_layout(None), filters=filters)
-    typer.echo("\n\n".join(tables.render(table, "text") for table in made))
+    show_results(made)
 
 
 def _unit_counts(units: Iterable[Unit], todo: Iterable[Unit], kind: str) -> dict[str, int]:

@@ -258,6 +258,7 @@ def _list(files: Sequence[Path], problems: Sequence[Problem]) -> None:
 
 
 def _show(made: Sequence[Table], problems: Sequence[Problem], style: str, to: Path | None, as_json: bool) -> None:
+    from emo_select.cli.columns import show_results
     from emo_select.tables import problems_table, render, write_tables
 
     listed = problems_table(problems)
@@ -267,6 +268,8 @@ def _show(made: Sequence[Table], problems: Sequence[Problem], style: str, to: Pa
     if to is not None:
         files = write_tables([*made, listed], to, style)
         progress.say(f"Wrote {len(files)} files below {to}.")
+    elif style == "text":
+        show_results(made, headings=len(made) > 1)
     else:
         for one in made:
             heading = f"{one.name}\n\n" if len(made) > 1 else ""

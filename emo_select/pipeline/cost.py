@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from emo_select.tasks import lengths
 from emo_select.tree import Tree
 
 if TYPE_CHECKING:
+    from emo_select.checkpoint import Checkpoint
     from emo_select.spec import RunSpec
     from emo_select.tasks import Task
 
@@ -43,7 +43,8 @@ def of(run: Run, steps: Sequence[Step], tokens_per_second: float | None = None) 
     written = size * (("prune" in todo) + ("finetune" in todo) * run.spec.training.checkpoints)
     tokens = sum(_tokens(run, stage) for stage in todo)
     seconds = tokens / tokens_per_second if tokens_per_second else _seconds(run, todo)
-    return Cost(tokens, written, seconds, max((_memory(run, stage, size) for stage in todo), default=0))
+    held = (memory(run.source, run.spec, stage, size) for stage in todo)
+    return Cost(tokens, written, seconds, max(held, default=0))
 
 
 def of_all(planned: Iterable[tuple[Run, Sequence[Step]]], tokens_per_second: float | None = None) -> list[Cost]:
@@ -104,22 +105,18 @@ def evaluation_tokens(task: Task, spec: RunSpec) -> int:
     return int(drawn * lengths.mean_tokens(task, "test", spec.evaluation.num_shots))
 
 
-def _memory(run: Run, stage: str, pruned: int) -> int:
-    """Bytes that a stage holds, by the bytes of the checkpoint that it works on.
+def memory(checkpoint: Checkpoint, spec: RunSpec, stage: str, pruned: int) -> int:
+    """Bytes that a stage cannot do without, by the bytes of the checkpoint that it works on.
 
-    Selection holds the largest layer and the hidden states of all texts (4 bytes each, or in a scratch file beyond
-    --memory-budget); finetuning in float32 weights, gradients and two moments; evaluation the model.
+    Selection holds the largest layer (hidden states take --memory-budget, and beyond that a scratch file); finetuning
+    float32 weights, gradients and two moments, activations aside; evaluation the model in float32.
     """
     if stage in ("activations", "select"):
-        layers = run.source.layers.values()
-        largest = max(sum(run.source.tensors[name].bytes for name in names) for names in layers)
-        return largest + 4 * _tokens(run, stage) * int(run.source.config.get("hidden_size") or 0)
+        return checkpoint.largest_layer_bytes
     if stage == "prune":
         return 0
-    element = max(1, round(sum(info.bytes for info in run.source.tensors.values())
-                           / sum(prod(info.shape) for info in run.source.tensors.values())))
-    parameters = pruned // element
-    trained = stage == "finetune" and run.spec.training.lora is None
+    parameters = pruned * checkpoint.parameters // max(1, checkpoint.total_bytes)
+    trained = stage == "finetune" and spec.training.lora is None
     return parameters * (FULL_TRAINING_BYTES if trained else FLOAT32_BYTES)
 
 

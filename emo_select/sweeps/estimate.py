@@ -99,6 +99,12 @@ class Estimator:
             return None
         return sum(tokens / rate for tokens, rate in parts if rate)
 
+    def memory(self, runs: Iterable[SweepRun]) -> int:
+        """Bytes that the most demanding stage of these runs holds, activations of a training step aside."""
+        known = (item for item in runs if self.bench.missing(item) is None)
+        return max((cost.memory(self._source(item), item.spec, stage, self.pruned_bytes(item))
+                    for item in known for stage in self._todo(item)), default=0)
+
     def rates(self, runs: Iterable[SweepRun]) -> Rates:
         """Tokens per second of each part, from what finished stages of these runs took."""
         known = [run for run in runs if self.bench.missing(run) is None]
