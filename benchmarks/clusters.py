@@ -1,7 +1,7 @@
 """Clustering routers' probabilities, ours beside the published way, in one run.
 
     python benchmarks/clusters.py [--tokens 60000] [--layers 8] [--k 32] [--restarts 8] [--folder DIR]
-    python benchmarks/clusters.py --extract [--tokens 4000]      tokens/s and memory at the published shape
+    python benchmarks/clusters.py --extract [--tokens 2000] [--layers 3]    speed and memory at the published width
 
 The published way: two PCAs by scikit-learn's randomized solver, the first with all components; then MiniBatchKMeans
 with ten starts and 20 rounds of refinement. Ours: the covariance summed over blocks of rows, and spherical k-means with
@@ -57,7 +57,7 @@ result = {"seconds": done(start), "components": count}
 """
 OUR_KMEANS = HEAD + """
 from emo_select.analysis.kmeans import kmeans, mean_cosine
-values = np.load(folder + "/ours.npy", mmap_mode="r")
+values = np.load(folder + "/ours.npy")
 start = time.process_time()
 found = kmeans(values, k, restarts=restarts)
 result = {"seconds": done(start), "objective": mean_cosine(values, found.assignments)}
@@ -138,22 +138,25 @@ def compare(folder: Path, tokens: int, layers: int, k: int, restarts: int) -> No
     print(table(rows, ["k-means", "CPU s", "mean cosine", "peak GB"]))
 
 
-def extraction(folder: Path, tokens: int) -> None:
-    """Print speed and memory of an extraction at the published shape, on random weights."""
-    source = make_random_checkpoint(folder / "model", layers=16, experts=128, hidden=2048, width=1024, heads=16,
+def extraction(folder: Path, tokens: int, layers: int) -> None:
+    """Print speed and memory of an extraction at the published width, on random weights. The last layer's experts are
+    not run."""
+    source = make_random_checkpoint(folder / "model", layers=layers, experts=128, hidden=2048, width=1024, heads=16,
                                     vocab=512, dtype="BF16")
     child = run_child(EXTRACT, str(source), str(folder / "out"), str(tokens))
     result = child["result"]
     print(table([[f"{result['tokens']:,}", f"{result['seconds']:.0f}", f"{result['cpu']:.0f}",
                   f"{result['tokens'] / result['seconds']:.0f}", f"{child['peak_bytes'] / 1e9:.2f}"]],
                 ["tokens", "s", "CPU s", "tokens/s", "peak GB"]))
+    print(f"{layers} layers; tokens × layers with experts per CPU second: "
+          f"{result['tokens'] * (layers - 1) / result['cpu']:.0f}")
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=None)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--restarts", type=int, default=8)
     parser.add_argument("--folder", type=Path, default=None)
@@ -161,9 +164,9 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as work:
         if asked.extract:
-            extraction(asked.folder or Path(work), asked.tokens or 4000)
+            extraction(asked.folder or Path(work), asked.tokens or 2000, asked.layers or 3)
         else:
-            compare(Path(work), asked.tokens or 60_000, asked.layers, asked.k, asked.restarts)
+            compare(Path(work), asked.tokens or 60_000, asked.layers or 8, asked.k, asked.restarts)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,8 @@ def read_corpus(texts: Texts, tokenizer: PreTrainedTokenizerBase | None, eos: in
     """
     if _is_token_files(texts.source):
         return _from_tokens(texts, eos if texts.eos is None else texts.eos)
+    if texts.published is not None:
+        raise SpecError(f"{texts.source} holds text; --published-sampling draws from token files (.npy).")
     if tokenizer is None:
         raise SpecError(f"{texts.source} holds text, and the model has no tokenizer; give a folder that has one.")
     rows = _draw(texts)

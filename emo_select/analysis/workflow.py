@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -159,13 +159,12 @@ def folders_at(path: Path) -> list[ModelFolder]:
     return [ModelFolder(path)] if (path / "routing" / "info.json").exists() else model_folders(path)
 
 
-def comparison(analysed: Sequence[Analysed], fit_name: Callable[[Analysed], FitFolder]
-               ) -> list[tuple[Measure, list[Measure | None]]]:
+def comparison(folders: Sequence[ModelFolder], fit_name: str) -> list[tuple[Measure, list[Measure | None]]]:
     """Measures that are of no single layer, side by side: (the first model's, each model's or None)."""
     from emo_select.analysis.clustermeasures import headline
 
-    each = [{one.name: one for one in headline([*fit_name(item).measures, *item.folder.measures])}
-            for item in analysed]
+    each = [{one.name: one for one in headline([*folder.fit(fit_name).measures, *folder.measures])}
+            for folder in folders]
     names = list(dict.fromkeys(name for measures in each for name in measures))
     return [(next(measures[name] for measures in each if name in measures), [one.get(name) for one in each])
             for name in names]

@@ -138,6 +138,7 @@ def run(
                          options_of(device, dtype, memory_budget, token_budget, scratch))
     fitting = _fitting(embedding, preprocess, method, k, restarts, fit_seed, engine, balance_by, balance_n)
     fitting.check()
+    common.only_process(None)
     if dry_run:
         _show_plan(wanted, as_json)
         return
@@ -173,7 +174,8 @@ def extract(
 ) -> None:
     """Stream documents through models, one layer in memory, and store what every router says.
 
-    A killed extraction goes on after the last finished layer when the same command is given again.
+    A killed extraction goes on after the last finished layer when the same command is given again. torchrun shares the
+    documents among its processes.
     """
     asked = texts_of(texts, per_label, doc_tokens, min_tokens, label, seed, scan, num_examples, data_dir, bucket,
                      eos_id, _published(published_sampling, target_tokens, doc_tokens, seed, chunk_bytes))
@@ -185,7 +187,8 @@ def extract(
     from emo_select.analysis.workflow import extract_all
 
     folders = extract_all(wanted)
-    _write_published([(folder, []) for folder in folders], published_layout)
+    if common.is_first():
+        _write_published([(folder, []) for folder in folders], published_layout)
     _say_folders(folders, as_json)
 
 
@@ -344,6 +347,8 @@ def _show_plan(wanted: Extraction, as_json: bool) -> None:
 
 
 def _say_folders(folders: Sequence[ModelFolder], as_json: bool) -> None:
+    if not common.is_first():
+        return
     if as_json:
         common.emit([{"folder": str(one.path), **one.info.model_dump(mode="json")} for one in folders])
         return
@@ -365,10 +370,11 @@ def _show_results(done: Sequence[Analysed], as_json: bool, place: Path | None = 
              "measures": [measure.model_dump(mode="json") for measure in one.folder.measures],
              "fits": [_fit_data(fit) for fit in one.fits]} for one in done]})
         return
-    for number in range(min(len(one.fits) for one in done)):
-        for one in done:
-            _show_clusters(one, number)
-        _show_measures(done, number)
+    for name in dict.fromkeys(fit.name for one in done for fit in one.fits):
+        having = [one for one in done if any(fit.name == name for fit in one.fits)]
+        for one in having:
+            _show_clusters(one, name)
+        _show_measures(having, name)
     if place:
         typer.echo(place)
 
@@ -384,8 +390,8 @@ def _fit_data(fit: Any) -> dict[str, Any]:
 MOST_CLUSTERS = 12
 
 
-def _show_clusters(one: Analysed, number: int) -> None:
-    fit = one.fits[number]
+def _show_clusters(one: Analysed, name: str) -> None:
+    fit = one.folder.fit(name)
     typer.echo(f"{one.folder.info.model}: {fit.name}")
     rows = [[f"{cluster.share:.1%}", cluster.kind, _number(cluster.survival), fit.names[cluster.id].label,
              ", ".join(f"{share.name} {share.share:.0%}" for share in cluster.labels[:1])]
@@ -395,12 +401,12 @@ def _show_clusters(one: Analysed, number: int) -> None:
         typer.echo(f"  … and {len(fit.clusters) - MOST_CLUSTERS} more in {fit.path.name}/clusters.json")
 
 
-def _show_measures(done: Sequence[Analysed], number: int) -> None:
+def _show_measures(done: Sequence[Analysed], name: str) -> None:
     """A row per number: what it is, then for each model value, half the 95 % interval, and in brackets the null."""
     from emo_select.analysis.workflow import comparison
 
     rows = [[first.about, *(_cell(one) for one in each)] for first, each in
-            comparison(done, lambda item: item.fits[number])]
+            comparison([one.folder for one in done], name)]
     table(["", *(f"{one.folder.path.name} (null)" for one in done)], rows)
 
 
