@@ -17,6 +17,7 @@ from typing import Any
 from emo_select.errors import CheckpointError, TextError
 from emo_select.textfile import parse_json, read_json_object, require_file
 
+LONGEST_NAME = 255  # bytes of a file name, on every usual disk
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
 
 # safetensors dtype → (bytes per element, name in torch)
@@ -82,7 +83,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{path} is not a valid index; download or save it again.")
     for shard in set(weight_map.values()):  # a folder's own files only, whatever the name makes of the path
-        if shard in ("", ".", "..") or shard != Path(shard).name or "\0" in shard:
+        if shard in ("", ".", "..") or shard != Path(shard).name or "\0" in shard or len(shard.encode()) > LONGEST_NAME:
             raise CheckpointError(f"{path} is not a valid index: {shard!r} is no file name; download or save it again.")
     return weight_map
 

@@ -18,6 +18,9 @@ NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_fa
            "router_aux_loss_coef", "layer_norm_eps")
 FLAGS = ("tie_word_embeddings", "norm_topk_prob", "attention_bias", "use_cache")
 TEXTS = ("model_type", "hidden_act", "topk_method", "scoring_func")
+LISTS = ("always_active_experts", "num_experts_per_layer", "num_shared_experts_per_layer", "mlp_only_layers")
+LISTS_PER_LAYER = ("always_active_experts_per_layer",)
+OBJECTS = ("rope_scaling", "rope_parameters")
 LIMITS = {"num_hidden_layers": 10_000, "num_experts": 100_000, "num_local_experts": 100_000,
           "n_routed_experts": 100_000, "num_experts_per_tok": 100_000}
 LARGEST = 2**31
@@ -40,6 +43,16 @@ def check_values(config: Mapping[str, Any]) -> None:
             raise _wrong(key, "true or false", value)
         elif key in TEXTS and not isinstance(value, str):
             raise _wrong(key, "a text", value)
+        elif key in LISTS and not _is_list(value):
+            raise _wrong(key, "a list of whole numbers", value)
+        elif key in LISTS_PER_LAYER and not (isinstance(value, list) and all(map(_is_list, filter(None, value)))):
+            raise _wrong(key, "a list of lists of whole numbers", value)
+        elif key in OBJECTS and not isinstance(value, dict):
+            raise _wrong(key, "an object", value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
 
 
 def _check_count(key: str, value: Any) -> None:

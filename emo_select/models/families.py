@@ -272,6 +272,9 @@ def always_active_per_layer(config: Config) -> list[list[int]]:
     counts = experts_per_layer(config)
     listed = config.get("always_active_experts_per_layer")
     rows = listed or [config.get("always_active_experts") or []] * len(counts)
+    if len(rows) != len(counts):
+        raise CheckpointError(f"always_active_experts_per_layer in config.json must have a list for each of the "
+                              f"{len(counts)} layers.")
     return [[int(e) for e in (row or [])] if count else [] for row, count in zip(rows, counts, strict=True)]
 
 

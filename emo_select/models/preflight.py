@@ -24,6 +24,8 @@ from emo_select.models.families import (
 )
 
 Shape = tuple[int | None, ...]  # None: not said in config.json
+SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+WIDTHS = ("intermediate_size", "moe_intermediate_size")
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
@@ -40,6 +42,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
         _check_top_k(checkpoint, check_layout(checkpoint))
     elif config.get("model_type") not in DENSE_TYPES:
         return
+    _check_presence(checkpoint)
     _check_layers(checkpoint)
     _check_alike(checkpoint)
     shapes, family = dict(_attention(config)), family_of(config) if is_moe(config) else None
@@ -47,6 +50,17 @@ def check_weights(checkpoint: Checkpoint) -> None:
         expected = _whole_model(config).get(name) or _in_layer(config, family, shapes, name)
         if expected is not None:
             _check_tensor(checkpoint, name, info, expected)
+
+
+def _check_presence(checkpoint: Checkpoint) -> None:
+    """Sizes that every architecture would fill in by a default of its own, which need not be this model's."""
+    config = checkpoint.config
+    lacking = [key for key in SIZES if config.get(key) is None]
+    if not lacking and all(config.get(key) is None for key in WIDTHS):
+        lacking = list(WIDTHS[:1])
+    if lacking:
+        raise CheckpointError(f"config.json of {checkpoint.directory} does not say {lacking[0]}; download or save it "
+                              "again.")
 
 
 def _check_top_k(checkpoint: Checkpoint, family: Family) -> None:

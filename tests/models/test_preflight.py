@@ -62,6 +62,8 @@ VALUES = {
     "none": ({"num_attention_heads": 0}, "num_attention_heads .*whole number"),
     "not a number": ({"rms_norm_eps": float("nan")}, "rms_norm_eps .*a number"),
     "endless": ({"rope_theta": float("inf")}, "rope_theta .*a number"),
+    "no size": ({"num_attention_heads": None}, "does not say num_attention_heads"),
+    "no width": ({"intermediate_size": None}, "does not say intermediate_size"),
     "yes": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings .*true or false"),
     "a number for a text": ({"model_type": 3}, "model_type .*a text"),
 }

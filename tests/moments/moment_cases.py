@@ -13,7 +13,7 @@ from pathlib import Path
 WARM = ("torch", "transformers", "datasets", "lm_eval.evaluator", "peft", "pyarrow.parquet", "emo_select.cli.app",
         "emo_select.experts.select", "emo_select.experts.prune", "emo_select.finetune.trainer",
         "emo_select.finetune.merge", "emo_select.evaluate.engine", "emo_select.models.emo", "emo_select.tables.report",
-        "emo_select.pipeline.stages", "emo_select.pretrain.trainer", "torch.distributed.checkpoint.state_dict",
+        "emo_select.pipeline.stages", "torch.distributed.checkpoint.state_dict",
         "transformers.models.auto.modeling_auto", "accelerate", "submitit")
 VOLATILE = {"started", "seconds", "peak_memory", "peak_gpu_memory", "processing_time", "current_date", "cpu_seconds",
             "tokens_per_second", "since", "pid", "wall_seconds"}
@@ -46,7 +46,6 @@ CASES = {
     "report": Case(["report", "page.html", "--output-dir", "out"], [[*RUN, "--method", "random"]]),
     "table": Case(["table", "--to", "tables", "--output-dir", "out", "--format", "csv"],
                   [[*RUN, "--method", "random"]]),
-    "pretrain": Case(["pretrain", "--config", "pretrain.yaml", "--output-dir", "made"]),
 }
 
 
@@ -104,24 +103,12 @@ def make_task(folder: Path) -> None:
         'text: "{{q}} Answer:"\nchoices: options\ngold: "{{gold}}"\n')
 
 
-def make_pretraining(folder: Path) -> None:
-    (folder / "pretrain.yaml").write_text(
-        "name: made\nseed: 0\ndtype: float32\nsave_every: 2\n"
-        "model: {hidden_size: 8, intermediate_size: 4, num_hidden_layers: 1, num_attention_heads: 2, num_experts: 4,\n"
-        "  num_shared_experts: 1, num_experts_per_tok: 2, initializer_range: 0.1}\n"
-        "objective: {pool: {smallest: 1, largest: 3}, balance_weight: 0.01, z_weight: 0.001}\n"
-        "data: {per_step: 2, facts: 2}\n"
-        "optimizer: {steps: 4, learning_rate: 0.001, warmup_steps: 1, final_fraction: 0.1, beta2: 0.95,\n"
-        "  weight_decay: 0.1, clip: 1.0}\n")
-
-
 def make_world(folder: Path) -> None:
     """Everything that the cases start from."""
     folder.mkdir(parents=True)
     (folder / "tmp").mkdir()
     make_model(folder / "model")
     make_task(folder)
-    make_pretraining(folder)
 
 
 def copy(world: Path, target: Path) -> Path:
