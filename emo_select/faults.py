@@ -64,13 +64,13 @@ def sentence(fault: OSError, what: str = "", folder: Path | None = None, needed:
     return f"{begin}{where or 'A file'} cannot be used ({fault.strerror or fault})."
 
 
-def require_writable(folder: Path, option: str = "--out") -> None:
+def require_writable(folder: Path, option: str = "--out", *, hint: str = "") -> None:
     """Raise before any work where `folder` could not be made or written; nothing is created.
 
     Raises:
         SpecError: a file is in the way, a name is too long, or the place may not be written. DiskSpaceError: no room.
     """
-    hint = f"choose another with {option}"
+    hint = hint or f"choose another with {option}"
     try:
         there = existing_part(folder)
         if not there.is_dir():

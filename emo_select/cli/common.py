@@ -25,6 +25,13 @@ def writable(param: typer.CallbackParam, value: Path | None) -> Path | None:
 
 RUN, CALIBRATE, TRAIN, SCORE, MACHINE, OUTPUT = "Run", "Calibration", "Finetuning", "Evaluation", "Machine", "Output"
 
+
+def writable_file(param: typer.CallbackParam, value: Path) -> Path:
+    """Refuse a file that could not be written, before any work; the argument's callback."""
+    require_writable(value.parent, hint="name a file somewhere else")
+    return value
+
+
 MODEL_HELP = "Hub id (or ID@REVISION), folder or demo/NAME."
 Models = Annotated[list[str], typer.Option("--model", "-m", help=MODEL_HELP, rich_help_panel=RUN,
                                                autocompletion=completion.models)]

@@ -244,6 +244,7 @@ def _folders(models: Sequence[str], out: Path | None, output_dir: str | None) ->
     if out is not None and len(models) == 1:
         return {models[0]: out}
     tree = Tree.at(output_dir) if out is None else Tree(out)
+    tree.require_writable()
     names, folders = Names(tree), {}
     for model in models:
         folder = tree.root / names.folder(model)

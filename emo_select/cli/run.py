@@ -132,7 +132,8 @@ def _run_all(runs: list[Run], stages: str, force: str, output_dir: str | None, t
     runs[0].tree.require_writable()
     check_space(runs, runs[0].tree)
     failed = execute_all(planned)
-    _show_table(output_dir, runs, as_json=as_json)
+    if len(failed) < len(runs):
+        _show_table(output_dir, runs, as_json=as_json)
     plans.show_failures(failed)
     if failed:
         raise typer.Exit(1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from emo_select import progress
-from emo_select.cli.common import OUTPUT, AsJson, OutputDir, emit, writable
+from emo_select.cli.common import OUTPUT, AsJson, OutputDir, emit, writable, writable_file
 
 if TYPE_CHECKING:
     from emo_select.tables import Filters, Layout, Problem, Records, Table
@@ -175,7 +175,8 @@ def plot(
 
 
 def report(
-    file: Annotated[Path, typer.Argument(help="The HTML file to write.")] = Path("report.html"),
+    file: Annotated[Path, typer.Argument(callback=writable_file, help="The HTML file to write.")] = (
+        Path("report.html")),
     output_dir: OutputDir = None,
     models: ModelFilter = None,
     tasks: TaskFilter = None,

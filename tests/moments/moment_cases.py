@@ -16,7 +16,7 @@ WARM = ("torch", "transformers", "datasets", "lm_eval.evaluator", "peft", "pyarr
         "emo_select.pipeline.stages", "torch.distributed.checkpoint.state_dict",
         "transformers.models.auto.modeling_auto", "accelerate", "submitit")
 VOLATILE = {"started", "seconds", "peak_memory", "peak_gpu_memory", "processing_time", "current_date", "cpu_seconds",
-            "tokens_per_second", "since", "pid", "wall_seconds"}
+            "tokens_per_second", "since", "pid", "wall_seconds", "compute_config"}
 WORDS = [f"w{i}" for i in range(20)]
 RUN = ["run", "--model", "model", "--task", "task.yaml", "--batch-size", "2", "--micro-batch-size", "2", "--lr", "1e-3",
        "--checkpoints", "2", "--keep-k", "3", "--output-dir", "out"]
@@ -136,13 +136,16 @@ def content(path: Path, root: Path) -> object:
         return settled(json.loads(data), str(root))
     if path.suffix == ".html":
         return "whole" if data.rstrip().endswith(b"</html>") else "cut"
+    if path.suffix in (".yaml", ".md"):
+        return settled(data.decode(), str(root))
     return hashlib.sha256(data).hexdigest()
 
 
 def settled(value: object, root: str) -> object:
-    """JSON without what differs from run to run: times, memory, places."""
+    """JSON without what differs from run to run: times, memory, places, sizes of files that hold times."""
     if isinstance(value, dict):
-        return {key: settled(item, root) for key, item in value.items() if key not in VOLATILE}
+        kept = {key: sorted(item) if key == "outputs" else item for key, item in value.items() if key not in VOLATILE}
+        return {key: settled(item, root) for key, item in kept.items()}
     if isinstance(value, list):
         return [settled(item, root) for item in value]
     return re.sub(re.escape(root), "ROOT", value) if isinstance(value, str) else value

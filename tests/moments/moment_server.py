@@ -39,6 +39,10 @@ class Moments:
         path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
         return os.path.relpath(path, self.root) if path.startswith(self.root + os.sep) else None
 
+    def covers(self, path) -> bool:
+        """Whether a path is the root or lies below it."""
+        return self.place(path) is not None or os.path.realpath(path) == self.root
+
     def happens(self, kind: str, path, folder=-1) -> None:
         place = self.place(path, folder)
         if place is None:
@@ -78,7 +82,7 @@ class Moments:
         if self.fault == "readonly":
             allowed = os.access
             os.access = lambda path, mode, **options: (
-                allowed(path, mode, **options) and not ((mode & os.W_OK and self.place(path)) or path == self.root))
+                allowed(path, mode, **options) and not (mode & os.W_OK and self.covers(path)))
 
     def wrapped(self, name: str, plain):
         def call(descriptor, *args):

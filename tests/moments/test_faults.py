@@ -6,7 +6,7 @@ from moment_cases import CASES, contents, copy, differences
 from emo_select.errors import StorageError
 from emo_select.faults import sentence, translated
 
-MOMENTS = 7  # of each command, evenly spread
+MOMENTS = 4  # of each command, evenly spread
 LONG = ("run twins",)
 
 
