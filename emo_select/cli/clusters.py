@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PANEL = "Analysis"
 TEXTS, FITS = "Texts", "Clusters"
+PAGE = "clusters.html"
 
 Source = Annotated[str, typer.Option("--texts", rich_help_panel=TEXTS, help=(
     "Folder or URL of token files or of .jsonl, .parquet, .txt (also .gz, .zst); a published mix; hf:DATASET; "
@@ -90,7 +91,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     group = typer.Typer(no_args_is_help=True, help=(
         "Cluster tokens by the experts they use, say what the clusters are, and measure it."))
-    for command in (run, extract, fit, label, demo):
+    for command in (run, extract, fit, label, page, demo):
         group.command()(command)
     app.add_typer(group, name="clusters", rich_help_panel=PANEL)
 
@@ -236,7 +237,36 @@ def label(
     chosen = [Analysed(one, [one.fit(name) for name in common.listed(fit or [])]) for one in folders_at(folder)]
     done = label_all(chosen, label_command)
     _write_published([(one.folder, one.fits) for one in done], published_layout)
-    _show_results(done, as_json)
+    _show_results(done, as_json, _page_of(done))
+
+
+def _page_of(done: Sequence[Analysed]) -> Path:
+    """The page about what was fitted with the most clusters."""
+    from emo_select.analysis.page import write_page
+
+    folders = [one.folder.path for one in done]
+    largest = max(done[0].fits, key=lambda fit: fit.info.k).name
+    return write_page(folders, folders[0].parent / PAGE, largest)
+
+
+def page(
+    folder: Annotated[list[Path], typer.Argument(help="Models' folders, or the folder above them.")],
+    fit: Annotated[str | None, typer.Option("--fit", show_default="the one with the most clusters",
+                                            rich_help_panel=FITS, help="Name of the fit to show.")] = None,
+    keep_sets: Annotated[list[Path] | None, typer.Option(
+        "--keep-sets", help="selection.json files or folders above them: which clusters lose experts.",
+        rich_help_panel=FITS)] = None,
+    title: Annotated[str, typer.Option("--title", help="Heading of the page.",
+                                       rich_help_panel=OUTPUT)] = "What the experts know",
+    out: Annotated[Path | None, typer.Option("--out", show_default="clusters.html above the models", help="The file.",
+                                             rich_help_panel=OUTPUT)] = None,
+) -> None:
+    """Write a page that opens from disk: clusters, documents, tokens and experts of one model or several."""
+    from emo_select.analysis.page import write_page
+    from emo_select.analysis.workflow import folders_at
+
+    folders = [one.path for path in folder for one in folders_at(path)]
+    typer.echo(write_page(folders, out or folders[0].parent / PAGE, fit, keep_sets=keep_sets or (), title=title))
 
 
 def demo(
@@ -316,7 +346,16 @@ def _finish(wanted: Extraction, fitting: Fitting, label_command: str | None, pub
 
     done = label_all(fit_all(extract_all(wanted), fitting), label_command)
     _write_published([(one.folder, one.fits) for one in done], published_layout)
-    _show_results(done, as_json)
+    _show_results(done, as_json, _page_of(done))
+
+
+def _page_of(done: Sequence[Analysed]) -> Path:
+    """The page about what was fitted with the most clusters."""
+    from emo_select.analysis.page import write_page
+
+    folders = [one.folder.path for one in done]
+    largest = max(done[0].fits, key=lambda fit: fit.info.k).name
+    return write_page(folders, folders[0].parent / PAGE, largest)
 
 
 def _write_published(done: Sequence[tuple[ModelFolder, list[Any]]], target: Path | None) -> None:

@@ -137,7 +137,7 @@ function readAddress() {
   const inside = (text, count) => { const n = Number.parseInt(text, 10); return n >= 0 && n < count ? n : undefined; };
   at = { model, cluster: inside(given.cluster, models[model].k), doc: inside(given.doc, docs.count), word: given.word,
     layer: inside(given.layer, 1e6), expert: inside(given.expert, 1e6), other: inside(given.other, models.length) };
-  const guess = at.doc !== undefined ? "documents" : at.word !== undefined ? "tokens" : at.expert !== undefined ? "experts" : "clusters";
+  const guess = given.doc !== undefined ? "documents" : given.word !== undefined ? "tokens" : given.expert !== undefined ? "experts" : "clusters";
   at.view = VIEWS.some(([name]) => name === given.view) ? given.view : guess;
 }
 const here = (change = {}) => ({ view: at.view, model: letter(at.model), ...change });
@@ -311,7 +311,7 @@ function documentsView() {
 
 function reader(model, doc) {
   let only = model.index === at.model ? at.cluster : undefined;
-  const text = el("div", { class: "text" }), legend = el("div", { class: "words" }), tokens = Math.max(1, lengthOf(doc)), rows = ranked(model, doc);
+  const text = el("div", { class: "text" }), legend = el("div", { class: "words legend" }), tokens = Math.max(1, lengthOf(doc)), rows = ranked(model, doc);
   const fill = () => {
     text.replaceChildren(...tokenSpans(model, docs.start[doc], docs.start[doc + 1], colours(model, doc, only)));
     legend.replaceChildren(...rows.slice(0, TOP).map(({ id, count }, i) => key(id, `r${i}`, `${clusterName(model, id)} ${percent(count / tokens, 0)}`)),
