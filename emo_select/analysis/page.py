@@ -49,8 +49,8 @@ def write_page(folders: Sequence[Path], out: Path, fit: str | None = None, *, ke
         SpecError: no model, no fit, models of different texts. CheckpointError: a damaged file.
     """
     models = [ModelFolder(Path(folder)) for folder in folders]
-    fits = [_fit(model, fit) for model in models]
-    _require_same_texts(models)
+    fits = [fit_of(model, fit) for model in models]
+    require_same_texts(models)
     selections = _selections(models, keep_sets)
     head, arrays = _texts(models[0])
     with track("Collecting what the page shows", total=len(models)) as bar:
@@ -90,7 +90,8 @@ def _hash(text: str) -> str:
 # ---- which fits, which models ----
 
 
-def _fit(model: ModelFolder, name: str | None) -> FitFolder:
+def fit_of(model: ModelFolder, name: str | None) -> FitFolder:
+    """A model's fit of that name, else the one with the most clusters. SpecError if there is none."""
     if name is not None:
         return model.fit(name)
     fits = model.fits()
@@ -99,7 +100,8 @@ def _fit(model: ModelFolder, name: str | None) -> FitFolder:
     return max(fits, key=lambda one: (one.info.k, one.name))
 
 
-def _require_same_texts(models: Sequence[ModelFolder]) -> None:
+def require_same_texts(models: Sequence[ModelFolder]) -> None:
+    """SpecError unless all models saw the same tokens of the same documents."""
     if not models:
         raise SpecError("There is no model to show; name the folder of one.")
     first = models[0]

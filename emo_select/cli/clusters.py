@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from emo_select import progress
 from emo_select.cli import common
 from emo_select.cli.common import MACHINE, OUTPUT
 
@@ -91,7 +92,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     group = typer.Typer(no_args_is_help=True, help=(
         "Cluster tokens by the experts they use, say what the clusters are, and measure it."))
-    for command in (run, extract, fit, label, page, demo):
+    for command in (run, extract, fit, label, page, figure, demo):
         group.command()(command)
     app.add_typer(group, name="clusters", rich_help_panel=PANEL)
 
@@ -237,16 +238,7 @@ def label(
     chosen = [Analysed(one, [one.fit(name) for name in common.listed(fit or [])]) for one in folders_at(folder)]
     done = label_all(chosen, label_command)
     _write_published([(one.folder, one.fits) for one in done], published_layout)
-    _show_results(done, as_json, _page_of(done))
-
-
-def _page_of(done: Sequence[Analysed]) -> Path:
-    """The page about what was fitted with the most clusters."""
-    from emo_select.analysis.page import write_page
-
-    folders = [one.folder.path for one in done]
-    largest = max(done[0].fits, key=lambda fit: fit.info.k).name
-    return write_page(folders, folders[0].parent / PAGE, largest)
+    _show_results(done, as_json)
 
 
 def page(
@@ -267,6 +259,26 @@ def page(
 
     folders = [one.path for path in folder for one in folders_at(path)]
     typer.echo(write_page(folders, out or folders[0].parent / PAGE, fit, keep_sets=keep_sets or (), title=title))
+
+
+def figure(
+    folder: Annotated[list[Path], typer.Argument(help="Models' folders, or the folder above them.")],
+    fit: Annotated[str | None, typer.Option("--fit", show_default="the one with the most clusters",
+                                            rich_help_panel=FITS, help="Name of the fit to show.")] = None,
+    document: Annotated[int | None, typer.Option("--document", min=0, rich_help_panel=TEXTS, show_default="chosen",
+                                                 help="Number of the document to show.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", show_default="the folder above the models", help="Folder.",
+                                             rich_help_panel=OUTPUT)] = None,
+) -> None:
+    """Draw Figure 5 as PDF and PNG: the largest clusters, and a document coloured by them."""
+    from emo_select.analysis.figure5 import draw_figure5
+    from emo_select.analysis.workflow import folders_at
+
+    folders = [one.path for path in folder for one in folders_at(path)]
+    files, shown = draw_figure5(folders, out or folders[0].parent, fit, document=document)
+    progress.say(f"It shows document {shown}.")
+    for file in files:
+        typer.echo(file)
 
 
 def demo(

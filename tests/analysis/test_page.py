@@ -16,6 +16,7 @@ import pytest
 from page_cases import EXPERTS, LAYERS, ByteTokenizer, make_model
 from typer.testing import CliRunner
 
+from emo_select.analysis import figure5
 from emo_select.analysis import page as pages
 from emo_select.analysis.layout import ModelFolder, write_array
 from emo_select.analysis.page import token_pieces, write_page
@@ -35,7 +36,8 @@ B = np.array([0] * 11 + [1] * (TOKENS - 11))
 @pytest.fixture(scope="module", autouse=True)
 def tokenizer() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pages, "tokenizer_of", lambda info: ByteTokenizer(PIECES))
+        for module in (pages, figure5):
+            patch.setattr(module, "tokenizer_of", lambda info: ByteTokenizer(PIECES))
         yield
 
 
@@ -138,6 +140,31 @@ def test_command_writes_beside_the_models(pair: list[Path]) -> None:
     result = CliRunner().invoke(app, ["clusters", "page", str(pair[0].parent)])
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == str(pair[0].parent / "clusters.html") and Path(result.stdout.strip()).exists()
+
+
+# ---- Figure 5 ----
+
+
+def test_figure_5_shows_largest_clusters_and_a_document(pair: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'emo-select[plots]'")
+    files, shown = figure5.draw_figure5(pair, tmp_path / "one", formats=["svg", "pdf", "png"])
+    assert [file.read_bytes()[:4] for file in files] == [b"<?xm", b"%PDF", b"\x89PNG"]
+    drawn = files[0].read_text()
+    assert "lab/emo: 3 of 3 clusters" in drawn and "&lt;img src=x" in drawn and "cats" in drawn
+    # B's document 3 is of one cluster, and so are 0 and 2; A's are spread: 2 of 5, 1 of 2 in document 3
+    assert shown == 3 and "document 3" in drawn
+    again, _ = figure5.draw_figure5(pair, tmp_path / "two", document=1, formats=["svg"])
+    assert "café"[:3] in again[0].read_text() and "document 1" in again[0].read_text()
+    with pytest.raises(SpecError, match="no document 9"):
+        figure5.draw_figure5(pair, tmp_path, document=9)
+
+
+def test_lines_are_as_wide_as_the_figure_and_keep_line_ends() -> None:
+    lines = figure5._lines(["one", " two\n\n", "x" * 130, " three", "", "\n", "end"])
+    assert [text for _, _, text in lines[0]] == ["one", " two↵↵"]
+    assert all(column + len(text) <= figure5.COLUMNS for line in lines for _, column, text in line)
+    joined = "".join(text for line in lines for _, _, text in line)
+    assert joined.count("x") == 130 and joined.endswith("three↵end")
 
 
 # ---- in a browser ----
