@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from emo_select.checkpoint.header import SAFETENSORS_DTYPE, tensor_bytes
-from emo_select.convert.pickles import DAMAGED, METADATA, TENSORS, TRAINER, Record, TensorHead, load
+from emo_select.convert.pickles import DAMAGED, METADATA, TENSORS, Record, TensorHead, load
 from emo_select.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 METADATA_FILE = ".metadata"
+ARCHIVE = b"PK\x03\x04"
 READ_BYTES = 1 << 20
 
 
@@ -118,10 +119,16 @@ class TrainingTensors:
             raise CheckpointError(f"{self.folder} has no entry {name}.")
         return self._opened(name, self.values[name], _read_value)
 
-    def check_values(self) -> None:
-        """Refuse settings whose pickles name anything to be run; an engine that loads them runs it."""
-        for name in self.values:
-            self.read_value(name)
+    def check_pickles(self) -> None:
+        """Refuse a checkpoint of which any part, the optimiser's included, has a pickle that asks for what it should not.
+
+        For those who hand it to a program that reads pickles freely. Reads only the heads of the parts.
+        """
+        places = {**{name: tensor.pieces for name, tensor in self.tensors.items()},
+                  **{name: (piece,) for name, piece in self.values.items()}}
+        for name, pieces in places.items():
+            for piece in pieces:
+                self._opened(name, piece, _read_head)
 
     def _size(self, file: str) -> int:
         try:
@@ -138,6 +145,8 @@ class TrainingTensors:
         try:
             with (self.folder / piece.file).open("rb") as file:
                 view = io.BufferedReader(_Slice(file.fileno(), piece.offset, piece.length), READ_BYTES)
+                if view.read(len(ARCHIVE)) != ARCHIVE:  # for torch that is no archive, whatever its end says
+                    raise ValueError("not an archive")
                 with zipfile.ZipFile(view) as archive:
                     return read(archive, where)
         except FileNotFoundError:
@@ -177,7 +186,7 @@ def _read_archive(archive: zipfile.ZipFile, dtype: str, shape: tuple[int, ...], 
     import torch
 
     entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-    head = load(archive.read(entries["data.pkl"]), TENSORS, where)
+    head = _read_head(archive, where)
     if not isinstance(head, TensorHead) or (head.dtype, head.shape) != (dtype, shape):
         raise ValueError("another tensor than .metadata says")
     if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
@@ -187,9 +196,14 @@ def _read_archive(archive: zipfile.ZipFile, dtype: str, shape: tuple[int, ...], 
     return values.as_strided(shape, head.stride, head.offset)
 
 
-def _read_value(archive: zipfile.ZipFile, where: str) -> Any:
+def _read_head(archive: zipfile.ZipFile, where: str) -> Any:
+    """What the pickle of an archive holds: a `TensorHead`, or a plain value."""
     (entry,) = (entry for entry in archive.infolist() if entry.filename.endswith("data.pkl"))  # of two, one could hide
-    value = load(archive.read(entry), TENSORS, where)
+    return load(archive.read(entry), TENSORS, where)
+
+
+def _read_value(archive: zipfile.ZipFile, where: str) -> Any:
+    value = _read_head(archive, where)
     if isinstance(value, TensorHead):
         raise ValueError("a tensor, where a setting should be")
     return value
@@ -262,36 +276,6 @@ def _check_pieces(name: str, tensor: StoredTensor, folder: Path) -> None:
                               "the checkpoint are missing.")
     if tensor.dtype not in SAFETENSORS_DTYPE:
         raise CheckpointError(f"{name} in {folder} is stored as {tensor.dtype}, which this version cannot read.")
-
-
-def check_archives(folder: Path) -> None:
-    """Refuse a checkpoint of which any part, the optimiser's included, holds a pickle that asks for what it should not.
-
-    For those who hand it to a program that reads pickles freely. Reads only the heads of the parts.
-    """
-    contents = load((folder / METADATA_FILE).read_bytes(), METADATA, str(folder / METADATA_FILE))
-    allowed = {**TENSORS, **TRAINER}
-    for index, place in contents.get("storage_data").items():
-        path = folder / Path(place.get("relative_path")).name
-        where = f"{index.get('fqn')} in {path}"
-        try:
-            with path.open("rb") as file:
-                part = _Slice(file.fileno(), int(place.get("offset")), int(place.get("length")))
-                for data in _heads(io.BufferedReader(part)):
-                    load(data, allowed, where)
-        except FileNotFoundError:
-            raise CheckpointError(f"{folder} lacks {path.name}, which .metadata names; copy it there.") from None
-        except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, *DAMAGED):
-            raise CheckpointError(f"{where} is damaged; copy or download that file again.") from None
-
-
-def _heads(part: io.BufferedReader) -> list[bytes]:
-    """The pickles of one part: those of its archive, or all of it."""
-    if not zipfile.is_zipfile(part):
-        part.seek(0)
-        return [part.read()]
-    with zipfile.ZipFile(part) as archive:
-        return [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
 
 
 def _apart(pieces: Sequence[Piece]) -> bool:

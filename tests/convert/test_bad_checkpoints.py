@@ -91,7 +91,7 @@ def test_settings_of_the_optimiser_are_read_and_a_malicious_one_is_refused(copie
     tensors = TrainingTensors(folder)
     assert tensors.read_value("optim.param_groups.embeddings.weight.weight_decay") == 0
     assert tensors.read_value("optim.param_groups.embeddings.weight.lr") == pytest.approx(4e-4)
-    tensors.check_values()
+    tensors.check_pickles()
     place = tensors.values["optim.param_groups.embeddings.weight.foreach"]
     stream = io.BytesIO()
     torch.save(Malicious(), stream)
@@ -104,7 +104,7 @@ def test_settings_of_the_optimiser_are_read_and_a_malicious_one_is_refused(copie
     tensors.values = {**tensors.values, "optim.param_groups.embeddings.weight.foreach":
                       dataclasses.replace(place, length=len(room))}
     with pytest.raises(CheckpointError, match=r"posix\.system"):
-        tensors.check_values()
+        tensors.check_pickles()
 
 
 def test_one_flipped_bit_in_the_values_is_noticed(copied, tmp_path):
@@ -225,3 +225,18 @@ def test_requests_that_a_training_cannot_go_on_with_are_refused(cases, tmp_path,
 def test_a_two_shared_released_model_cannot_become_a_training(cases, tmp_path):
     with pytest.raises(ModelError, match="2 shared experts"):
         to_olmo_core(str(cases / "emo_two_shared" / "hf"), tmp_path / "step0")
+
+
+def test_a_part_that_only_ends_as_an_archive_is_refused(copied):
+    """torch reads by the first bytes, and would take this for a pickle."""
+    folder = copied("emo") / WEIGHTS
+    tensors = TrainingTensors(folder)
+    place = tensors.values["optim.param_groups.embeddings.weight.foreach"]
+    path = folder / place.file
+    data, attack = path.read_bytes(), pickle.dumps(Malicious())
+    part = attack + data[place.offset:place.offset + place.length]
+    path.write_bytes(data[:place.offset] + part + data[place.offset + len(part):])
+    tensors.values = {**tensors.values, "optim.param_groups.embeddings.weight.foreach":
+                      dataclasses.replace(place, length=len(part))}
+    with pytest.raises(CheckpointError, match="is damaged"):
+        tensors.check_pickles()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-from emo_select.convert.dcp import TrainingTensors, check_archives
+from emo_select.convert.dcp import TrainingTensors
 from emo_select.convert.pickles import check_pickle
 from emo_select.errors import CheckpointError
 from emo_select.pretrain.recipe import Recipe
@@ -31,7 +30,7 @@ def check(folder: Path) -> None:
     check_pickle(state / ".metadata")
     tensors = TrainingTensors(state)
     tensors.check(tensors.tensors)
-    check_archives(state)
+    tensors.check_pickles()
     for path in sorted((folder / "train").glob("rank*.pt")):
         check_pickle(path)
 
@@ -78,16 +77,8 @@ def _step(folder: Path) -> int:
 
 
 def _rate(folder: Path) -> float | None:
-    """The rate of the checkpoint's last step, as it is stored for the embedding. Its pickles have been checked."""
-    import torch
-    from olmo_core.distributed.checkpoint import RemoteFileSystemReader
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    reader = RemoteFileSystemReader(str(folder / "model_and_optim"))
-    entry = reader.read_metadata().state_dict_metadata.get(RATE)
-    if entry is None:
-        return None
-    value: dict[str, Any] = {RATE: 0.0 if isinstance(entry, BytesStorageMetadata) else torch.zeros(())}
-    load(value, storage_reader=reader, no_dist=True)
-    return float(value[RATE])
+    """The rate of the checkpoint's last step, as it is stored for the embedding."""
+    tensors = TrainingTensors(folder / "model_and_optim")
+    if RATE in tensors.values:
+        return float(tensors.read_value(RATE))
+    return float(tensors.read(RATE)) if RATE in tensors.tensors else None
