@@ -120,7 +120,7 @@ class TrainingTensors:
         return self._opened(name, self.values[name], _read_value)
 
     def check_pickles(self) -> None:
-        """Refuse a checkpoint of which any part, the optimiser's included, has a pickle that asks for what it should not.
+        """Refuse a checkpoint of which any part (the optimiser too) has a pickle that asks for what it should not.
 
         For those who hand it to a program that reads pickles freely. Reads only the heads of the parts.
         """
