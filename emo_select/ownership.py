@@ -51,6 +51,17 @@ def _made_before_markers(folder: Path) -> str | None:
     return STATISTICS if names == {"scores.json", "scores.safetensors"} else None
 
 
+def require_own_run(directory: Path) -> None:
+    """Raise `OwnershipError` where a run directory without a record of ours holds somebody else's models or results."""
+    if (directory / RUN_RECORD).exists():
+        return
+    parts = [directory / "selected_model", *directory.glob("finetuned_model/*"), *directory.glob("results/*")]
+    for part in parts:
+        if part.is_dir() and any(part.iterdir()) and made_as(part) is None:
+            raise OwnershipError(f"{directory} has no run.json, so {part.relative_to(directory)} in it was not made by "
+                                 "emo-select and is not replaced; choose another --output-dir, or move it away.")
+
+
 def require_replaceable(final: Path, *sources: Path, what: str | None = None) -> None:
     """Raise `OwnershipError` unless `final` is free, or a folder that we made and none of `sources` lies in.
 

@@ -161,3 +161,33 @@ def test_finetune_keeps_checkpoints_of_others(model, tmp_path):
         code, _ = run("finetune", "--model", model, "--task", "demo_harbor", "--out", out, "--force")
         assert code == 2
     assert state(tmp_path) == before
+
+
+def test_a_run_of_somebody_else_is_not_touched(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "--model", model, "--task", "demo_harbor", "--keep-k", "8", "--method", "random", "--limit", "2",
+             "--stages", "select,prune,eval", "-o", "tree"]
+    code, output = run(*words, "--dry-run", "--json")
+    directory = Path(json.loads(output[output.index("["):])[0]["directory"])
+    (directory / "results" / "checkpoint-0").mkdir(parents=True)
+    (directory / "results" / "checkpoint-0" / "task-demo_harbor-metrics.json").write_text("{}")
+    before = state(tmp_path / "tree")
+    code, output = run(*words)
+    assert code == 2 and "was not made by emo-select" in " ".join(output.split())
+    assert state(tmp_path / "tree") == before
+    shutil.rmtree(directory)
+    assert run(*words)[0] == 0
+
+
+def test_a_selection_finds_its_model_again_and_no_other(model, tmp_path, monkeypatch):
+    shutil.copytree(resolve("demo/stdmoe"), tmp_path / "elsewhere" / "model")
+    monkeypatch.chdir(model.parent)
+    assert run("select", "--model", "model", "--task", "demo_harbor", "--keep-k", "8", "--method", "random",
+               "-o", tmp_path / "tree")[0] == 0
+    [selection] = (tmp_path / "tree").glob("*/*/selection.json")
+    shutil.copy(selection, tmp_path / "selection.json")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run("prune", selection, "--out", tmp_path / "a")[0] == 0
+    code, output = run("prune", tmp_path / "selection.json", "--out", tmp_path / "b")
+    assert code == 2 and "made on other weights" in output
+    assert run("prune", tmp_path / "selection.json", "--model", "model", "--out", tmp_path / "b")[0] == 0

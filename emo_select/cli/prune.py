@@ -54,24 +54,39 @@ def prune(
 
     path = selection / "selection.json" if selection.is_dir() else selection
     keep_set = KeepSet.load(path)
-    if not (model or keep_set.model):
+    given = model or _model_of(path, keep_set)
+    if not given:
         raise SpecError(f"{path} does not say which model it is for; name it with --model.")
-    [source] = common.models([model or str(keep_set.model)], revision)
+    [source] = common.models([given], revision)
     target = out or path.parent / "selected_model"
     if target.exists() and not (force or dry_run or is_unfinished(target)):
         raise SpecError(f"{target} is already there; pass --force to replace it, or choose another with --out.")
-    summary = _planned(source, keep_set, dtype, allow_nonuniform)
+    summary = _planned(source, keep_set, dtype, allow_nonuniform, named=model is not None)
     if not dry_run:
         prune_checkpoint(source, keep_set, target, dtype=dtype, max_shard_size=max_shard_size,
                          allow_nonuniform=allow_nonuniform)
     _report(summary, target, written=not dry_run, as_json=as_json)
 
 
-def _planned(source: str, keep_set: KeepSet, dtype: str | None, allow_nonuniform: bool) -> dict[str, Any]:
+def _model_of(path: Path, keep_set: KeepSet) -> str | None:
+    """The model that a selection is of: where its run's record says it lies, else by the name it was given by."""
+    from emo_select import record
+    from emo_select.tree import RunPaths
+
+    run = record.load(RunPaths(path.parent))
+    return run.spec.source if run is not None else keep_set.model
+
+
+def _planned(source: str, keep_set: KeepSet, dtype: str | None, allow_nonuniform: bool, *, named: bool
+             ) -> dict[str, Any]:
     from emo_select.checkpoint import open_checkpoint
+    from emo_select.errors import ModelError
     from emo_select.experts.prune import describe_plan, plan_prune, stored_dtype
 
     with open_checkpoint(source) as checkpoint:
+        if not named and keep_set.fingerprint not in (None, checkpoint.forward_fingerprint):
+            raise ModelError(f"The selection was made on other weights than {source} has now; if you mean that model "
+                             "all the same, name it with --model.")
         plan = plan_prune(checkpoint, keep_set, dtype=stored_dtype(dtype), allow_nonuniform=allow_nonuniform)
         return describe_plan(checkpoint, plan)
 

@@ -53,6 +53,8 @@ def _is_free(path: Path, wanted: tuple[Mapping[str, Any], Mapping[str, Any]]) ->
         return True
     try:
         content = read_json(path)
+        if "row_issues" not in content:
+            return False  # not by this program
         found = content["task_config"], content["model_config"]
         return all(_agree(one, other) for one, other in zip(found, wanted, strict=True))
     except CheckpointError:

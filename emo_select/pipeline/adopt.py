@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from emo_select import record
-from emo_select.ownership import FINETUNED, PRUNED, RESULTS
+from emo_select.ownership import FINETUNED, PRUNED, RESULTS, require_own_run
 from emo_select.pipeline.plan import downstream, evaluated_steps
 from emo_select.pipeline.runs import Run, checkpoint_fingerprint
 from emo_select.record import State
@@ -36,6 +36,7 @@ def adopt(run: Run, other: Run) -> None:
     """Give `run` every finished stage of `other` that would come out the same and that `run` has not finished."""
     run.claim()
     with exclusive(run.paths.lock):
+        require_own_run(run.paths.directory)
         for stage, fingerprint in _shareable(run):
             theirs, ours = (record.state(paths, record.load(paths), stage, fingerprint)[0]
                             for paths in (other.paths, run.paths))

@@ -10,6 +10,7 @@ from emo_select import progress
 from emo_select.checkpoint.companions import companions
 from emo_select.errors import SpecError
 from emo_select.names import Names, absolute
+from emo_select.ownership import require_own_run
 from emo_select.pipeline.adopt import twin_key
 from emo_select.pipeline.runs import Run
 from emo_select.spec import Execution, RunSpec, Training, checked, parse_keep_k, with_whole_paths
@@ -149,6 +150,7 @@ def _spec(where: dict[str, Any], choice: _Choice, wanted: Wanted) -> RunSpec:
 
 def _bind(spec: RunSpec, tree: Tree, execution: Execution, source: Checkpoint, task: Task) -> Run:
     run = Run(spec, tree, execution)
+    require_own_run(run.paths.directory)
     run.__dict__.update(source=source, task=task)  # opened once for all runs of the product
     return run
 

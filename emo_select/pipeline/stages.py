@@ -13,6 +13,7 @@ from emo_select import progress, record
 from emo_select.checkpoint.card import add_scores
 from emo_select.errors import EmoSelectError, LockedError
 from emo_select.faults import require_writable, translated
+from emo_select.ownership import require_own_run
 from emo_select.pipeline import runfile
 from emo_select.pipeline.adopt import adopt, twin_key
 from emo_select.pipeline.plan import Action, Step, downstream, evaluated_steps, plan
@@ -78,6 +79,7 @@ def execute(run: Run, steps: Sequence[Step]) -> None:
         run.claim()
     with exclusive(run.paths.lock), _threads_for(run):
         if _has_work(steps):
+            begin(run)
             runfile.store(run)
         for step in steps:
             if step.action is Action.RUN:
@@ -151,6 +153,16 @@ def _perform(run: Run, stage: str, fingerprint: str, work: Work) -> None:
     record.finish(run.paths, done, stage, fingerprint, outputs, measured, run.execution.device)
 
 
+def begin(run: Run) -> None:
+    """Say in the run's directory that it is ours, before anything else is written there.
+
+    Raises `OwnershipError` where somebody else's run is there.
+    """
+    if record.load(run.paths) is None:
+        require_own_run(run.paths.directory)
+        record.save(run.paths, _opened(run))
+
+
 def _opened(run: Run) -> RunRecord:
     done = record.load(run.paths) or RunRecord(spec=run.spec)
     now = {"spec": run.spec, "model_fingerprint": run.source.fingerprint, "data_fingerprint": run.task.fingerprint(),
@@ -186,6 +198,7 @@ def select_together(runs: Sequence[Run]) -> None:
         for run in runs:
             run.claim()
             locks.enter_context(exclusive(run.paths.lock))
+            begin(run)
         with record.measured() as measured:
             chosen = _layerwise(runs[0], sorted({run.spec.keep_k for run in runs}), measured)
         for run in runs:
