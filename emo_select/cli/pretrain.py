@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emo_select.cli.common import MACHINE, OUTPUT, TRAIN, AsJson, DryRun, emit, writable
+from emo_select.cli.common import MACHINE, OUTPUT, AsJson, DryRun, emit, writable
 from emo_select.progress import say, talk
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from emo_select.pretrain.recipe import Recipe
     from emo_select.pretrain.run import RunRecord, RunSettings
 
-WATCH, MODULAR = "Watching", "Modularity"
+TRAIN, WATCH, MODULAR = "Training", "Watching", "Modularity"
 
 Name = Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name (see --list) or a YAML file.",
                                             show_default=False)]

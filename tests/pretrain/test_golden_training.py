@@ -14,6 +14,7 @@ pytest.importorskip("olmo_core", reason="needs the extra pretrain: pip install e
 from golden_runs import GoldenRun, Recorder, check
 
 from emo_select.pretrain.engine.build import build_trainer
+from emo_select.pretrain.objective import PoolSizes
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "tests/golden/pretraining/training"
@@ -51,6 +52,29 @@ def test_batches_are_the_published_ones(tmp_path):
         assert torch.equal(batch["index"], run.tensors["index"][step])
         assert torch.equal(batch["input_ids"], run.tensors["input_ids"][step])
         assert torch.equal(batch["instance_mask"], run.tensors["instance_mask"][step].bool())
+
+
+class Kept:
+    """Our draws from the published stream, with what they gave in each step."""
+
+    def __init__(self, smallest: int, largest: int) -> None:
+        self.draws, self.given = PoolSizes(smallest, largest, published=True), {}
+
+    def draw(self, documents, layers: int, **place: int) -> torch.Tensor:
+        sizes = self.draws.draw(documents, layers, **place)
+        self.given.setdefault(place["step"], []).append(sizes.flatten())
+        return sizes
+
+
+def test_published_draws_are_the_stream_of_the_published_trainer(tmp_path):
+    """From the same seed, the rehearsal before the first step included."""
+    run = golden_run("emo")
+    pool = run.recipe().objective.pool
+    kept = Kept(pool.smallest, pool.largest)
+    build_trainer(run.recipe(), run.data(), tmp_path, draws=kept, stop_at=2).fit()
+    want = torch.split(run.tensors["pool_sizes"], run.tensors["pool_sizes_per_step"].tolist())
+    for step in (1, 2):
+        assert torch.equal(torch.cat(kept.given[step]), want[step - 1])
 
 
 TWO = ("emo_2", "std_2", "emo_2_local")

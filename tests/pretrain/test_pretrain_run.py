@@ -263,7 +263,7 @@ def test_a_released_model_becomes_a_start_without_optimiser_state(inputs, undist
 def test_modularity_of_saved_steps_is_measured(undisturbed):
     from emo_select.pipeline.modularity import evaluate_steps, spread
 
-    assert spread([0, 4, 8, 12], 2) == [8, 12] and spread([0, 4, 8, 12], 9) == [4, 8, 12] and spread([0], 1) == []
+    assert spread([0, 4, 8, 12], 2) == [4, 12] and spread([0, 4, 8, 12], 9) == [4, 8, 12] and spread([0], 1) == []
     told = evaluate_steps(undisturbed, ["3"], ["demo_railway"], 1, limit=4)
     assert [(point["step"], point["keep_k"]) for point in told] == [(12, 3), (12, 8)]
     assert all(0 <= point["score"] <= 1 for point in told)

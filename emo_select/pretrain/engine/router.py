@@ -88,7 +88,8 @@ class EmoRouter(MoELinearRouter):
         routing = objective.route(logits, self.top_k, self.rule.num_shared_experts, self._allowed(logits))
         losses = None
         if self.training and torch.is_grad_enabled():
-            losses = self._losses(logits[:, :self.num_routed], routing, loss_div_factor or len(logits))
+            labels = len(logits) if loss_div_factor is None else loss_div_factor
+            losses = self._losses(logits[:, :self.num_routed], routing, labels)
             self._remember(routing)
         shape = (*x.shape[:-1], self.top_k)
         return routing.weights.view(shape), routing.experts.view(shape), routing.counts, losses
