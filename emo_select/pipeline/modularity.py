@@ -58,7 +58,8 @@ def _points(wanted: Wanted, out: Path, execution: Execution) -> Iterator[dict[st
     """Run one step's product of tasks and keep-k and give the score of each."""
     for run in expand(wanted, Tree.at(out / "modularity"), execution):
         execute(run, plan(run, STAGES, ()))
-        score = float(read_json(run.paths.result(0))["metrics"]["primary_score"])
+        [metrics] = run.paths.result(0).glob("task-*-metrics.json")
+        score = float(read_json(metrics)["metrics"]["primary_score"])
         say(f"{Path(run.spec.model).name}, {run.spec.task}, {run.spec.keep_k} experts: {score:.3f}")
         yield {"task": run.spec.task, "keep_k": run.spec.keep_k, "score": score}
 
