@@ -157,8 +157,8 @@ def collect_curves(request: CurveRequest, tasks: Sequence[str], out: Path, *, da
     from emo_select.experts.select import texts_of
     from emo_select.models import load_tokenizer
 
-    tokenizer = load_tokenizer(request.model)
-    with open_checkpoint(request.model) as checkpoint:
+    with open_checkpoint(request.model, data_dir=data_dir) as checkpoint:
+        tokenizer = load_tokenizer(str(checkpoint.directory))
         for keep_k in request.keep_ks:
             resolve_keep_k(checkpoint.config, keep_k)
         whole = request.calibration.model_copy(update={"num_examples": None})
