@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from emo_select.pretrain.plan import Plan
     from emo_select.pretrain.recipe import Recipe
     from emo_select.pretrain.run import RunRecord, RunSettings
+    from emo_select.sweeps.profile import Profile
 
 TRAIN, WATCH, MODULAR = "Training", "Watching", "Modularity"
 
@@ -43,6 +44,8 @@ OtherRanks = Annotated[bool, typer.Option("--allow-other-ranks", help="Go on wit
                                           rich_help_panel=MACHINE)]
 ProfileName = Annotated[str | None, typer.Option("--profile", help="Hand the run to Slurm by this profile "
                                                  "(docs/sweeps.md).", rich_help_panel=MACHINE)]
+Profiles = Annotated[Path | None, typer.Option("--profiles", help="File of profiles.", show_default="the user's own",
+                                               rich_help_panel=MACHINE)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.", rich_help_panel=MACHINE)]
 Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Compile blocks on a GPU.",
                                        rich_help_panel=MACHINE)]
@@ -82,6 +85,7 @@ def pretrain(
     gpus: Gpus = None,
     allow_other_ranks: OtherRanks = False,
     profile: ProfileName = None,
+    profiles: Profiles = None,
     device: Device = "auto",
     compile_blocks: Compile = True,
     threads: Threads = 1,
@@ -111,7 +115,8 @@ def pretrain(
     if recipe is None:
         raise SpecError("Name a recipe; `emo-select pretrain --list` shows the shipped ones.")
     chosen = _recipe(recipe, changes, published_draws)
-    processes = _processes(gpus, profile)
+    site = _site(profile, profiles) if profile is not None else None
+    processes = _processes(gpus, site)
     settings = RunSettings(
         data=str(data or ""), data_root=str(data_root) if data_root else None, tokenizer=tokenizer, device=device,
         compile=compile_blocks, threads=threads, stop_at=stop_at, spike=spike, tensorboard=tensorboard, wandb=wandb,
@@ -123,8 +128,8 @@ def pretrain(
         raise SpecError("--data names the token files; `emo-select tokenize` makes them from text.")
     folder = out or Path("pretrained") / chosen.name
     record = _record(chosen, settings, processes, start, new_data)
-    _start(folder, record, settings, profile, allow_other_ranks)
-    if profile is None and evaluate_modularity:
+    _start(folder, record, settings, site, allow_other_ranks)
+    if site is None and evaluate_modularity:
         _modularity(folder, evaluate_modularity, modularity_task, modularity_steps, modularity_limit)
     if as_json:
         emit({"run": str(folder), "steps": chosen.steps})
@@ -145,17 +150,20 @@ def _recipe(name: str, changes: list[str], published_draws: bool) -> Recipe:
     return load_recipe(name, wanted)
 
 
-def _processes(gpus: int | None, profile: str | None) -> int:
+def _site(name: str, file: Path | None) -> Profile:
+    """The Slurm profile of a run."""
+    from emo_select.sweeps.profile import load_profile
+
+    return load_profile(name, file, {})
+
+
+def _processes(gpus: int | None, site: Profile | None) -> int:
     """Processes of the run: those that torchrun started, else the option, else the profile's GPUs."""
     import os
 
     if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         return world
-    if gpus is None and profile is not None:
-        from emo_select.sweeps.profile import load_profile
-
-        return max(1, load_profile(profile, None, {}).gpus)
-    return gpus or 1
+    return gpus or (max(1, site.gpus) if site is not None else 1)
 
 
 def _show_plan(recipe: Recipe, settings: RunSettings, gpus: int, rate: float | None, as_json: bool) -> None:
@@ -246,7 +254,7 @@ def _require_installed(module: str, otherwise: str) -> None:
         raise SpecError(otherwise)
 
 
-def _start(out: Path, record: RunRecord, settings: RunSettings, profile: str | None, other_ranks: bool) -> None:
+def _start(out: Path, record: RunRecord, settings: RunSettings, site: Profile | None, other_ranks: bool) -> None:
     """Here, in several processes of this machine, or on Slurm."""
     import os
 
@@ -256,10 +264,10 @@ def _start(out: Path, record: RunRecord, settings: RunSettings, profile: str | N
     first = os.environ.get("RANK", "0") == "0"
     if first:
         run.write_record(out, record, settings)
-    if profile is not None:
+    if site is not None:
         from emo_select.pretrain.slurm import submit
 
-        say(f"Slurm job {submit(out, record.processes, profile)} runs {out}; the same command goes on with it.")
+        say(f"Slurm job {submit(out, record.processes, site)} runs {out}; the same command goes on with it.")
         return
     if record.processes > 1 and "WORLD_SIZE" not in os.environ:
         run.launch(out, record.processes)

@@ -11,17 +11,17 @@ from pathlib import Path
 
 from emo_select import tree
 from emo_select.errors import EmoSelectError, SpecError
-from emo_select.sweeps.profile import Profile, load_profile
+from emo_select.sweeps.profile import Profile
 
 SCRIPT = ".job/slurm.sh"
 
 
-def submit(out: Path, processes: int, profile: str) -> str:
+def submit(out: Path, processes: int, profile: Profile) -> str:
     """Hand the run to Slurm; returns the job's id. Raises `SpecError` where there is no Slurm."""
     if shutil.which("sbatch") is None:
         raise SpecError("There is no Slurm here (`sbatch` is missing); leave --profile out.")
     path = out / SCRIPT
-    tree.write_bytes(path, script(out, processes, load_profile(profile, None, {})).encode())
+    tree.write_bytes(path, script(out, processes, profile).encode())
     done = subprocess.run(["sbatch", "--parsable", str(path)], check=False, capture_output=True, text=True)
     if done.returncode:
         raise EmoSelectError(f"Slurm did not take the run: {done.stderr.strip().splitlines()[-1]}")
