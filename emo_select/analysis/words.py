@@ -87,7 +87,7 @@ class TokenWords:
     """Which word each token belongs to.
 
     Attributes:
-        words: the distinct words, lower case, without punctuation around them; "" collects what has no letter.
+        words: the distinct words, lower case, without punctuation around them; signs stand for themselves.
         of_token: (T,) index into `words` of the word that a token is part of.
         begins: (T,) whether the token is the first of its word, by which words are counted once.
     """
@@ -113,10 +113,17 @@ def token_words(folder: ModelFolder, tokenizer: PreTrainedTokenizerBase | None) 
     for start, stop in zip(folder.bounds[:-1], folder.bounds[1:], strict=True):
         texts = pieces.split(folder.tokens[start:stop].tolist())
         for first, last in _groups(texts):
-            word = TRIMMED.sub("", "".join(texts[first:last])).lower()
+            text = "".join(texts[first:last])
+            word = TRIMMED.sub("", text).lower() or _signs(text)
             of_token[start + first:start + last] = known.setdefault(word, len(known))
             begins[start + first] = True
     return TokenWords(list(known), of_token, begins)
+
+
+def _signs(text: str) -> str:
+    """What stands for a piece without letters and digits: its signs, line ends made visible."""
+    bare = text.strip(" ").replace("\n", "↵").replace("\t", "⇥")
+    return bare if bare or not text else "␣"
 
 
 def _groups(texts: Sequence[str]) -> list[tuple[int, int]]:

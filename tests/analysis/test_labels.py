@@ -61,7 +61,8 @@ def test_words_are_put_together_from_tokens(known: Clustered) -> None:
     assert len(split) == len(ids) and "".join(split) == text  # a character of several tokens is whole
     assert "�" not in "".join(split)
     words: TokenWords = _words_of(ids)
-    assert {"harbor", "green", "bell", "überraschung", "日本"} <= set(words.words)
+    assert {"harbor", "green", "bell", "überraschung", "日本", "=", "↵↵"} <= set(words.words)
+    assert words.stop[words.words.index("↵↵")] and not words.stop[words.words.index("bell")]
     assert words.begins.sum() == len({*np.cumsum(words.begins)})
 
 
