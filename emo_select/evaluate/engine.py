@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -195,6 +196,12 @@ class SharedPrefixLM(Answering, HFLM):
                       options["max_gen_toks"])
         return stops, finish
 
+    def _begun(self, request: Instance) -> Instance:
+        """The request, with the token that begins texts where its prompt is empty: `HFLM` cannot continue nothing."""
+        context, options = request.args
+        begin = self.tok_decode([self.prefix_token_id], skip_special_tokens=False)
+        return request if context else replace(request, arguments=(begin, options))
+
     def _cache_budget(self) -> int:
         """Tokens whose keys and values may be in memory at a time."""
         config = self.model.config.get_text_config()
@@ -209,7 +216,7 @@ class SharedPrefixLM(Answering, HFLM):
         for start in range(0, len(order), batch):
             members = order[start : start + batch]
             self.batch_size_per_gpu = len(members)
-            texts = super().generate_until([requests[index] for index in members], disable_tqdm=True)
+            texts = super().generate_until([self._begun(requests[index]) for index in members], disable_tqdm=True)
             for index, text in zip(members, texts, strict=True):
                 prompt = len(self.tok_encode(requests[index].args[0]))
                 yield index, Text(text, len(self.tok_encode(text, add_special_tokens=False)),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from emo_select.errors import CheckpointError, UsageError
 from emo_select.tables.layout import PRIMARY, Layout, load_layout
-from emo_select.tables.predictions import Prediction, paired, predictions_file, read_predictions
+from emo_select.tables.predictions import Prediction, paired, read_predictions
 from emo_select.tables.read import Problem, Records, Result, Run, load_tree
 from emo_select.tables.selection import keep_set_of
 from emo_select.tables.write import Cell, Table
@@ -264,10 +264,11 @@ def _interval(draws: NDArray[np.float64], confidence: float) -> tuple[float, flo
 
 
 def _documents(root: Path, run: Run, metric: str, checkpoint: str) -> list[Prediction]:
-    folder = RunPaths(root / run.directory).result(_step(run, checkpoint))
-    path = predictions_file(folder)
+    step = _step(run, checkpoint)
+    path = run.predictions(root, step)
     if path is None:
-        raise CheckpointError(f"{folder} has no predictions; evaluate this run again to have them written.")
+        raise CheckpointError(f"checkpoint-{step} of {root / run.directory} has no predictions; evaluate this run "
+                              "again to have them written.")
     return list(read_predictions(path, metric))
 
 

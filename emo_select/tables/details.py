@@ -12,7 +12,7 @@ from pydantic_core import from_json
 from emo_select.errors import CheckpointError
 from emo_select.tables.layout import PRIMARY, Layout
 from emo_select.tables.pool import results_of
-from emo_select.tables.predictions import Prediction, changed, predictions_file, read_predictions
+from emo_select.tables.predictions import Prediction, changed, read_predictions
 from emo_select.tables.read import Records, Result, Run, Setting
 from emo_select.tables.selection import as_bits, keep_set_of
 from emo_select.tree import RunPaths
@@ -67,7 +67,7 @@ class Details:
             return []
 
     def _predictions(self, run: Run) -> Path | None:
-        return predictions_file(RunPaths(self._root / run.directory).result(0))
+        return run.predictions(self._root, 0)
 
 
 def thinned(points: list[Any], limit: int) -> list[Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from emo_select.tables.evaluations import AS_IS
 from emo_select.tables.layout import Layout
 from emo_select.tables.pool import Filters, plain_mean, pool
 from emo_select.tables.read import Problem, Records, Run, Setting
@@ -80,7 +81,7 @@ def has_published_recipe(run: Run, layout: Layout) -> bool:
     s, p = run.setting, layout.published
     recipe = (s.batch_size, s.learning_rate, s.epochs, s.variant)
     usual = s.keep_k is None or recipe == (p.batch_size, p.learning_rate, p.epochs, None)
-    return usual and layout.group_of(run.task) in layout.groups
+    return usual and s.method != AS_IS and layout.group_of(run.task) in layout.groups
 
 
 def published_rows(layout: Layout, filters: Filters) -> list[Row]:

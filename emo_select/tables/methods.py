@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from emo_select.tables.evaluations import AS_IS
 from emo_select.tables.layout import Layout
 from emo_select.tables.pool import Estimate
 from emo_select.tables.summary import SummaryRow
@@ -19,7 +20,8 @@ def methods_table(rows: Sequence[SummaryRow], layout: Layout) -> Table:
 
     A model with all experts is the same under every method, so its row shows the one run for all of them.
     """
-    methods = layout.ordered({row.setting.method for row in rows}, layout.methods)
+    found = {row.setting.method for row in rows}
+    methods = layout.ordered(found - {AS_IS} or found, layout.methods)  # a model as it is stands under all of them
     lines: dict[Line, dict[str, SummaryRow]] = {}
     for row in sorted(rows, key=lambda row: row.setting.method == "random"):
         for line in _lines(row, lines, layout):

@@ -22,7 +22,10 @@ from emo_select.errors import SpecError, UnknownNameError, UsageError, keywords_
 from emo_select.faults import translated
 from emo_select.names import absolute
 from emo_select.spec import RunName, RunSpec, parse_directory_name
+from emo_select.tables import evaluations
 from emo_select.tables.cache import FileCache
+from emo_select.tables.predictions import SUFFIX as PREDICTIONS
+from emo_select.tables.predictions import predictions_file
 from emo_select.tables.words import other_settings
 from emo_select.tree import RunPaths, Tree
 
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
 # The published scripts spell a seed into the middle of the shots part; read it as what was meant.
 _ODD_SEED = re.compile(r"_(pshots|eshots)_pseed-(\d+)-(\d+)")
-_NOT_RUNS = ("activations", "evaluations")
+_NOT_RUNS = ("activations", evaluations.FOLDER)
 RECORD, RESULTS = RunPaths(Path()).record.name, RunPaths(Path()).results.name
 _CHECKPOINT = re.compile(RunPaths(Path()).result(0).name.replace("0", r"(\d+)"))
 _HEADLINES = ("primary_score", "acc_raw", "acc_per_char", "exact_match", "f1", "recall")
@@ -107,6 +110,15 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)
     """Of run.json, where there is one: model, selects, seed, variant; of each stage time, memory and weight bytes."""
     odd_name: bool = False
+    metrics_file: str | None = None
+    """Of an evaluation outside any run: its file below the tree's root."""
+
+    def predictions(self, root: Path, step: int) -> Path | None:
+        """The predictions of a checkpoint, where there are any."""
+        if self.metrics_file is None:
+            return predictions_file(RunPaths(root / self.directory).result(step))
+        file = root / self.metrics_file.replace("-metrics.json", PREDICTIONS)
+        return file if file.is_file() else None
 
     @property
     def first(self) -> Result | None:
@@ -222,6 +234,7 @@ def load_tree(root: str | Path | None = None, *, cached: bool = True) -> Records
     with FileCache.of(tree.root, enabled=cached) as cache:
         reader = _Reader(tree.root, cache)
         runs = [reader.run(model, name) for model, name in _directories(tree.root)]
+        runs += [run for model in _folders(tree.root) for run in reader.evaluations(model)]
     found = _by_model([run for run in runs if run is not None])
     return Records(tree.root, _without_doubles(found), reader.problems)
 
@@ -278,6 +291,28 @@ class _Reader:
             directory=directory, task=task, setting=setting, seed=seed, record=record,
             results=self.results(directory, results or []), odd_name=bool(_ODD_SEED.search(name)),
         )
+
+    def evaluations(self, model: str) -> Iterator[Run]:
+        """What `eval --model` wrote about a model."""
+        folder = f"{model}/{evaluations.FOLDER}"
+        for name in evaluations.metrics_files(f"{self.root}/{folder}"):
+            run = self.evaluation(model, folder, name)
+            if run is not None:
+                yield run
+
+    def evaluation(self, model: str, folder: str, name: str) -> Run | None:
+        file = f"{folder}/{name}"
+        value = self.cache.read(file, lambda data: _parse_evaluation(data, name)) or {"error": "It was removed."}
+        if "error" in value or not (value["about"] and value["about"]["whole"]):
+            reason = "It is of a --keep-set" if value.get("about") else "It does not say of which model and task it is"
+            self.problem("evaluation", file, value.get("error") or f"{reason}; it has no row.")
+            return None
+        for message in value["notes"]:
+            self.problem("metrics", file, message)
+        known = value["about"]
+        setting = Setting(model=model, **{name: known[name] for name in ("keep_k", "method", "eval_shots", "variant")})
+        return Run(directory=file.rpartition("/")[0], task=known["task"], setting=setting, seed=0,
+                   results={0: Result(**value["result"])}, record={"model": known["model"]}, metrics_file=file)
 
     def record(self, name: str) -> dict[str, Any]:
         value = self.cache.read(name, _parse_record)
@@ -383,6 +418,11 @@ def _parse_metrics(data: bytes) -> dict[str, Any]:
     result = {"metrics": metrics, "count": count if isinstance(count, int) else None, "errors": errors,
               "primary": primary if isinstance(primary, str) else None}
     return {"result": result, "notes": notes}
+
+
+def _parse_evaluation(data: bytes, path: str) -> dict[str, Any]:
+    found = _parse_metrics(data)
+    return found if "error" in found else {**found, "about": evaluations.about(from_json(data), path)}
 
 
 def _numbers(values: dict[str, Any]) -> tuple[dict[str, float], list[str]]:

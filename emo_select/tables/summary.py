@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from emo_select.tables.evaluations import AS_IS
 from emo_select.tables.layout import Layout
 from emo_select.tables.pool import Estimate, Stage, over_tasks, pool, results_of
 from emo_select.tables.read import Problem, Records, Run, Setting
@@ -146,19 +147,23 @@ def _full(setting: Setting, group: str, averages: _Averages, layout: Layout,
           experts: dict[str, int]) -> dict[str, Estimate]:
     """The full model's averages to compare a setting with: same evaluation and recipe, same method if it was run.
 
-    Which experts a method would keep does not matter when all are kept, nor do the calibration texts.
+    Which experts a method would keep does not matter when all are kept, nor do the calibration texts. Where no run
+    kept all, an evaluation of the model as it is will do, before finetuning.
     """
+    plain = Setting(model=setting.model, keep_k=None, method=AS_IS, eval_shots=setting.eval_shots)
+    as_is = averages.values.get((plain, group, "before"))
+    found: dict[str, Estimate] = {"before": as_is} if as_is and setting.variant is None else {}
     if setting.model not in experts:
-        return {}
+        return found
     base = replace(setting, keep_k=experts[setting.model], examples=None, shots=None)
     methods = dict.fromkeys((setting.method, *layout.methods))
-    found: dict[str, Estimate] = {}
+    runs: dict[str, Estimate] = {}
     for method in methods:
         for stage in ("before", "after"):
             value = averages.values.get((replace(base, method=method), group, stage))
             if value is not None:
-                found.setdefault(stage, value)
-    return found
+                runs.setdefault(stage, value)
+    return {**found, **runs}
 
 
 def _drop(full: Estimate | None, value: Estimate | None) -> float | None:

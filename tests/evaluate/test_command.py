@@ -17,6 +17,7 @@ from emo_select.errors import DataMissingError, SpecError, UsageError
 from emo_select.evaluate import EvalOptions, curve, engine, evaluate_checkpoint, evaluate_keep_set, run
 from emo_select.experts import KeepSet, prune_checkpoint
 from emo_select.experts.methods import select_random
+from emo_select.tables import Filters, load_layout, load_tree, make
 from emo_select.tasks import Task, get_tasks
 
 LIMIT = 6
@@ -252,3 +253,22 @@ def test_every_printed_score_names_metric_error_and_count(model: Path, tasks: li
                              "--json").stdout)[str(model)][tasks[0].name]
     assert (data["metric"], data["documents"]) == (tasks[0].headline_metric, 6)
     assert data["value"] == data["metrics"][data["metric"]] and data["standard_error"] is not None
+
+
+def test_tables_show_evaluations_and_measure_drops_against_them(model: Path, tasks: list[Task], keep_set: KeepSet,
+                                                               tmp_path: Path) -> None:
+    arguments = ("-m", str(model), "-t", tasks[0].name, "--output-dir", str(tmp_path))
+    invoke(*arguments, "--limit", "6")
+    invoke(*arguments, "--limit", "4", "--num-shots", "1")
+    invoke(*arguments, "--limit", "6", "--sweep-keep-k", "3,6", "--method", "random")
+    keep_set.save(tmp_path / "selection.json")
+    invoke(*arguments, "--limit", "6", "--keep-set", str(tmp_path / "selection.json"))
+    records = load_tree(tmp_path)
+    [table], problems = make("summary", records, load_layout(), filters=Filters(models=(str(model),)))
+    rows = {(row["keep-k"], row["method"], row["setting"]): row for row in table.records()}
+    assert rows.keys() == {
+        ("full", "as is", "first 6 documents"), ("full", "as is", "1-shot eval, first 4 documents"),
+        (3, "random", "first 6 documents, masked"), (6, "random", "first 6 documents, masked")}
+    assert rows["full", "as is", "first 6 documents"]["n"] == 6
+    assert [problem.message for problem in problems if problem.kind == "evaluation"] == [
+        "It is of a --keep-set; it has no row."]

@@ -161,3 +161,11 @@ def test_sampling_is_left_to_stock(moe: Any, tokenizer: Any) -> None:
     torch.manual_seed(3)
     assert all(isinstance(text, str) for text in engine.generate_until(requests))
     assert engine.counters.total == 0
+
+
+def test_an_empty_prompt_is_continued_on_the_stock_path_too(make_model: Any, tokenizer: Any) -> None:
+    engine = ours(make_model("Mamba2", num_heads=4, head_dim=16, n_groups=1, state_size=8, expand=2), tokenizer)
+    assert engine.stock_reason is not None
+    options = {"until": ["never"], "max_gen_toks": 4}
+    requests = [Instance("generate_until", {}, (text, options), n, ("own", n, 1)) for n, text in enumerate(("", "sun"))]
+    assert all(engine.generate_until(requests))

@@ -326,3 +326,18 @@ def test_a_forward_pass_and_generation_warn_of_nothing(tiny):
         warnings.simplefilter("error", FutureWarning)
         model(IDS, use_cache=True)
         model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2, do_sample=False)
+
+
+def test_logits_of_chosen_positions_are_those_of_all():
+    """By number, by index and by a mask, which evaluation packs by: without it no prefix is shared."""
+    torch.manual_seed(0)
+    model = EmoForCausalLM(EmoConfig(vocab_size=40, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
+                                     num_attention_heads=2, num_experts=4, num_experts_per_tok=2,
+                                     pad_token_id=0)).eval()
+    with torch.no_grad():
+        every = model(IDS).logits
+        mask = torch.zeros(IDS.shape, dtype=torch.bool)
+        mask[0, 2:5] = mask[1, 7] = True
+        found = [model(IDS, logits_to_keep=kept).logits for kept in (3, torch.tensor([1, 4]), mask)]
+    for ours, theirs in zip(found, (every[:, -3:], every[:, [1, 4]], every[mask]), strict=True):
+        torch.testing.assert_close(ours, theirs)

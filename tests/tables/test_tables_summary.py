@@ -115,6 +115,20 @@ def test_settings_read_as_words(fields: dict[str, Any], words: str | None) -> No
     assert other_settings(RunSpec.parse({"model": "a/b", "task": "t", "keep_k": 4, **fields})) == words
 
 
+def test_a_model_evaluated_as_it_is_is_what_drops_are_measured_against(tmp_path: Path) -> None:
+    paths = add_run(tmp_path, keep_k=8, trained=False)
+    file = next(paths.result(0).glob("*metrics.json"))
+    content = json.loads(file.read_text())
+    content["task_config"] |= {"task_core": "demo_lookup", "num_shots": 0, "default_shots": 0}
+    content |= {"metrics": {"acc_raw": 0.75, "primary_score": 0.75}, "model_config": {"model": "demo/emo"}}
+    write_json(tmp_path / "demoemo" / "evaluations" / file.name, content)
+    plain, pruned = rows(load_tree(tmp_path))
+    assert (plain["method"], plain["keep-k"], plain["before"]) == ("as is", "full", 0.75)
+    assert pruned["drop before"] == pytest.approx(0.75 - 21 / 40)
+    [full, _] = rows(load_tree(tmp_path), "methods")
+    assert (full["keep-k"], full["layerwise"]) == ("full", "0.750±.050")
+
+
 def test_results_count_wins_on_shared_tasks_and_ties_for_both(tmp_path: Path) -> None:
     demo_tree(tmp_path, methods=["layerwise"], keep_ks=[16, 8])
     better = next((tmp_path / "demoemo").glob("demo_copy_keepk_8*")) / "results" / "checkpoint-0"
