@@ -1,6 +1,7 @@
 """The program as a person meets it: quick help, nothing heavy imported, one sentence per mistake."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,8 +90,15 @@ def test_a_mistake_is_one_sentence_and_nothing_is_left(words, said, tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+def with_tokenizer(folder):
+    """The folder, with the demo's tokenizer in it: a model without one is refused for that."""
+    for path in (Path(__file__).parents[1] / "emo_select" / "demo" / "models" / "emo").glob("token*"):
+        shutil.copy(path, folder)
+    return str(folder)
+
+
 def test_a_dense_model_cannot_be_selected_from(golden, tmp_path):
-    dense = str(golden / "models" / "dense_olmo2")
+    dense = with_tokenizer(shutil.copytree(golden / "models" / "dense_olmo2", tmp_path / "dense"))
     done = emo_select("select", "--model", dense, "--task", "demo_railway", "--keep-k", "4", cwd=tmp_path)
     assert done.returncode == 2
     assert "`emo-select run` finetunes and evaluates it as it is" in done.stderr
@@ -100,18 +108,17 @@ def test_too_little_disk_is_said_before_work(tmp_path):
     """A checkpoint of three terabytes: headers that promise it, in a sparse file."""
     import struct
 
-    config = {"model_type": "olmoe", "num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2,
-              "hidden_size": 2**18, "intermediate_size": 2**18}
+    from emo_select.models.shapes import outline
+
+    config = {"model_type": "emo", "num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2,
+              "hidden_size": 2**18, "intermediate_size": 2**18, "num_attention_heads": 2**11, "num_key_value_heads": 1,
+              "vocab_size": 316, "dtype": "float32"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shapes = {"mlp.gate.weight": [4, 2**18]}
-    for expert in range(4):
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            shapes[f"mlp.experts.{expert}.{name}.weight"] = [2**18, 2**18]
+    with_tokenizer(tmp_path)
     header, at = {}, 0
-    for name, (rows, columns) in shapes.items():
-        end = at + 4 * rows * columns
-        header[f"model.layers.0.{name}"] = {"dtype": "F32", "shape": [rows, columns], "data_offsets": [at, end]}
-        at = end
+    for name, info in outline(config, tmp_path).tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(info.shape), "data_offsets": [at, at + info.bytes]}
+        at += info.bytes
     text = json.dumps(header).encode()
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
