@@ -16,7 +16,8 @@ WARM = ("torch", "transformers", "datasets", "lm_eval.evaluator", "peft", "pyarr
         "emo_select.pipeline.stages", "torch.distributed.checkpoint.state_dict",
         "transformers.models.auto.modeling_auto", "accelerate", "submitit")
 VOLATILE = {"started", "seconds", "peak_memory", "peak_gpu_memory", "processing_time", "current_date", "cpu_seconds",
-            "tokens_per_second", "since", "pid", "wall_seconds", "compute_config"}
+            "tokens_per_second", "since", "pid", "wall_seconds", "compute_config",
+            "commit"}
 WORDS = [f"w{i}" for i in range(20)]
 RUN = ["run", "--model", "model", "--task", "task.yaml", "--batch-size", "2", "--micro-batch-size", "2", "--lr", "1e-3",
        "--checkpoints", "2", "--keep-k", "3", "--output-dir", "out"]
