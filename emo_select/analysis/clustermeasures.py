@@ -28,7 +28,8 @@ PER_DOCUMENT = (
 def cluster_measures(clustered: Clustered) -> list[Measure]:
     """All of them; those within documents only where tokens were clustered."""
     found = [] if clustered.fit.of_documents else [*_per_document(clustered), *_first_tokens(clustered)]
-    return [*found, *_information(clustered), _majority(clustered)]
+    found += [*_information(clustered), _majority(clustered)]
+    return [one for one in found if np.isfinite(one.value)]
 
 
 # ---- within documents

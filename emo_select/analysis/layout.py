@@ -40,7 +40,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from emo_select.errors import CheckpointError, SpecError
 from emo_select.spec import Frozen
@@ -220,7 +220,12 @@ class ExpertView(Frozen):
 
 
 class Measure(Frozen):
-    """A number with its 95 % bootstrap interval over documents, and the same number on shuffled data."""
+    """A number with its 95 % bootstrap interval over documents, and the same number on shuffled data.
+
+    NaN stands for a number that these texts cannot give; no file holds one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 
     name: str
     value: float
