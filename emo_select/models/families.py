@@ -78,6 +78,7 @@ class Family:
     router: tuple[str, ...]  # disk tensors with one row (or entry) per expert that are not expert weights
     layer_counts: Callable[[Config, Family], list[int]]  # E of each layer, 0 for dense ones
     count_keys: tuple[str, ...] = ("num_experts",)  # the first one present is believed; all are written
+    width_key: str = "intermediate_size"  # config key of an expert's width
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of absent config keys, as the architecture's class
     aliases: tuple[str, ...] = ()  # other model_type values of the same architecture
     listed_shared: bool = False  # the last num_shared_experts rows of the router are shared experts
@@ -197,24 +198,29 @@ FAMILIES: tuple[Family, ...] = (
            defaults={"num_local_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 32, "hidden_size": 4096}),
     Family("qwen2_moe", "Qwen2MoeDecoderLayer", _swiglu("mlp.experts"), ("mlp.gate.weight",), _sparse_step,
            separate_shared=("mlp.shared_expert", "mlp.shared_expert_gate"),
+           width_key="moe_intermediate_size",
            defaults={"decoder_sparse_step": 1, "num_experts": 60, "num_experts_per_tok": 4, "num_hidden_layers": 24,
                      "hidden_size": 2048}),
     # transformers 4.57 and vLLM read num_experts; transformers 5 reads and saves num_local_experts.
     Family("qwen3_moe", "Qwen3MoeDecoderLayer", _swiglu("mlp.experts"), ("mlp.gate.weight",), _sparse_step,
            count_keys=("num_experts", "num_local_experts"),
+           width_key="moe_intermediate_size",
            defaults={"decoder_sparse_step": 1, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 24,
                      "hidden_size": 2048}),
     Family("deepseek_v2", "DeepseekV2DecoderLayer", _swiglu("mlp.experts"), ("mlp.gate.weight",), _dense_first,
            count_keys=("n_routed_experts",), separate_shared=("mlp.shared_experts",), groups=True,
+           width_key="moe_intermediate_size",
            defaults={"n_routed_experts": 64, "num_hidden_layers": 32, "hidden_size": 4096, "topk_method": "greedy"}),
     Family("deepseek_v3", "DeepseekV3DecoderLayer", _swiglu("mlp.experts"), _CORRECTED_ROUTER, _dense_first,
            count_keys=("n_routed_experts",), separate_shared=("mlp.shared_experts",), scoring="sigmoid", groups=True,
            extra_layers_key="num_nextn_predict_layers",
+           width_key="moe_intermediate_size",
            defaults={"n_routed_experts": 256, "num_experts_per_tok": 8, "num_hidden_layers": 61, "hidden_size": 7168,
                      "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4}),
     Family("glm4_moe", "Glm4MoeDecoderLayer", _swiglu("mlp.experts"), _CORRECTED_ROUTER, _dense_first,
            count_keys=("n_routed_experts",), separate_shared=("mlp.shared_experts",), scoring="sigmoid", groups=True,
            extra_layers_key="num_nextn_predict_layers",
+           width_key="moe_intermediate_size",
            defaults={"n_routed_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 46, "hidden_size": 4096,
                      "first_k_dense_replace": 1}),
     Family("gpt_oss", "GptOssDecoderLayer",

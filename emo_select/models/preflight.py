@@ -142,7 +142,7 @@ def _attention(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
 
 
 def _expert(config: Mapping[str, Any], family: Family, name: str) -> Shape | None:
-    width = config.get("moe_intermediate_size", config.get("intermediate_size"))
+    width = config.get(family.width_key)
     role, hidden = family.role(name), config.get("hidden_size")
     if role.kind != "expert" or width is None:
         return None

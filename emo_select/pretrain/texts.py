@@ -192,7 +192,8 @@ def _streamed(source: Source) -> Iterator[Any]:
     from datasets import load_dataset
 
     try:
-        yield from load_dataset(source.name, source.config, split=source.split, streaming=True)
+        yield from load_dataset(source.name, source.config, split=source.split, streaming=True,
+                                trust_remote_code=False)
     except Exception as error:  # the types vary with the versions of four libraries
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         raise DataMissingError(f"The data set {source.name} (configuration {source.config or 'default'}, split "

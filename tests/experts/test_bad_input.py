@@ -70,7 +70,7 @@ def test_large_but_finite_weights_pass(copy_of_tiny: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"), "no tensor self_attn.k_proj.weight"),
+    (lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"), "no tensor model.layers.1.self_attn.k_proj.weight"),
     (lambda t: t.update({"model.layers.1.self_attn.k_proj.weight": torch.zeros(3, 24)}), "self_attn.k_proj.weight"),
     (lambda t: t.pop("model.layers.1.mlp.experts.4.up_proj.weight"), r"experts\.4\.up_proj"),
     (lambda t: t.update({"model.layers.1.mlp.gate.weight": torch.zeros(31, 24)}), r"mlp\.gate\.weight"),
@@ -112,9 +112,9 @@ def test_unknown_names(tiny: Path) -> None:
         scores.score("reap", groups=["c"])
     with pytest.raises(SpecError, match="task with examples"):
         scores.score("reap", {"a": 1, "x": 2})
-    for options in (StreamOptions(dtype="int8"), StreamOptions(device="gpu"), StreamOptions(memory_budget="lots")):
+    for options in ({"dtype": "int8"}, {"device": "gpu"}, {"memory_budget": "lots"}):
         with pytest.raises(SpecError):
-            collect_activations(checkpoint, PROMPTS, options=options)
+            collect_activations(checkpoint, PROMPTS, options=StreamOptions(**options))
 
 
 def test_statistics_of_another_model(tiny: Path) -> None:

@@ -48,7 +48,8 @@ def test_a_new_row_makes_a_family_work(unknown, tmp_path, monkeypatch):
     row = families.Family(
         "dots1", "Dots1DecoderLayer", families._swiglu("mlp.experts"),
         ("mlp.gate.weight", "mlp.gate.e_score_correction_bias"), families._dense_first,
-        count_keys=("n_routed_experts",), separate_shared=("mlp.shared_experts",), scoring="sigmoid", groups=True,
+        count_keys=("n_routed_experts",), width_key="moe_intermediate_size", separate_shared=("mlp.shared_experts",),
+        scoring="sigmoid", groups=True,
         defaults={"num_experts_per_tok": 6, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1})
     monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, row))
     keep = select_random(config, 4, 0)

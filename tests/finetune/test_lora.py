@@ -88,7 +88,7 @@ def unmerged(tmp_path_factory):
 
 def test_unmerged_checkpoint_is_an_adapter(unmerged):
     names = {path.name for path in (unmerged / "checkpoint-4").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md", ".emo-select.json"}
     config = json.loads((unmerged / "checkpoint-4" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(GOLDEN / CASE / "model")
 

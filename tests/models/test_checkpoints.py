@@ -119,7 +119,7 @@ def test_dtype_auto_keeps_the_stored_one(golden):
 def test_missing_tensor_is_named(copy):
     directory = copy()
     edit_tensors(directory, lambda stored: stored.pop("model.layers.1.mlp.experts.3.up_proj.weight"))
-    with pytest.raises(CheckpointError, match=r"missing: model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight\)"):
+    with pytest.raises(CheckpointError, match=r"no tensor model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight;"):
         load_model(str(directory))
 
 
@@ -133,7 +133,7 @@ def test_experts_are_not_shifted_over_a_gap(copy):
                 f"model.layers.1.mlp.experts.3.{part}_proj.weight")
 
     edit_tensors(directory, renumber)
-    with pytest.raises(CheckpointError, match=r"missing: .*experts\.3\..*unexpected: .*experts\.12\."):
+    with pytest.raises(CheckpointError, match=r"experts\.12\.down_proj\.weight is expert 12 of layer 1"):
         load_model(str(directory))
 
 
@@ -147,7 +147,7 @@ def test_unexpected_tensor_is_named(copy):
 def test_tensor_of_another_shape_is_named(copy):
     directory = copy()
     edit_tensors(directory, lambda stored: stored.update({"model.norm.weight": torch.ones(31)}))
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight \(\[31\] instead of \[32\]\)"):
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight in .* shape \[31\], but .* makes it \[32\]"):
         load_model(str(directory))
 
 
@@ -167,13 +167,13 @@ def test_unknown_tensor_of_a_foreign_architecture_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     assert load_model(str(tmp_path)).config.model_type == "olmoe"
     edit_tensors(tmp_path, lambda stored: stored.pop("model.norm.weight"))
-    with pytest.raises(CheckpointError, match=r"missing: model\.norm\.weight"):
+    with pytest.raises(CheckpointError, match=r"no tensor model\.norm\.weight"):
         load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(("values", "sentence"), [
-    ({"num_experts_per_layer": [12, 12]}, "num_experts_per_layer has 2 entries for 3 layers"),
-    ({"num_experts_per_layer": [0, 12, 12]}, "needs dense_intermediate_size"),
+    ({"num_experts_per_layer": [12, 12]}, "num_experts_per_layer in config.json must list one number for each"),
+    ({"num_experts_per_layer": [0, 12, 12]}, "config.json gives that layer 0 experts"),
     ({"norm_topk_prob": True}, "norm_topk_prob is not defined together with shared"),
     ({"num_shared_experts": 12}, "at least one must be routed"),
     ({"always_active_experts": [3, 12]}, "always-active experts"),
@@ -185,7 +185,7 @@ def test_unknown_tensor_of_a_foreign_architecture_is_refused(tmp_path):
 def test_contradicting_config_is_one_sentence(copy, values, sentence):
     directory = copy()
     edit_config(directory, **values)
-    with pytest.raises(ModelError, match=sentence) as raised:
+    with pytest.raises((ModelError, CheckpointError), match=sentence) as raised:
         load_model(str(directory))
     assert "\n" not in str(raised.value)
 
@@ -213,7 +213,7 @@ def test_grouped_products_need_aligned_widths(golden):
 
 
 def test_folder_without_tokenizer(copy):
-    with pytest.raises(ModelError, match="copy the tokenizer files"):
+    with pytest.raises(ModelError, match="has no tokenizer files"):
         load_tokenizer(str(copy()))
 
 
