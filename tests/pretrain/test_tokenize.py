@@ -166,8 +166,8 @@ def test_a_damaged_zstandard_file_ends_in_a_sentence(tmp_path):
 def test_a_hub_data_set_is_streamed_and_a_hub_out_of_reach_is_a_sentence(monkeypatch):
     import datasets
 
-    def streamed(name, config, split, streaming):
-        assert (name, config, split, streaming) == ("allenai/c4", "en", "validation", True)
+    def streamed(name, config, split, streaming, trust_remote_code):
+        assert (name, config, split, streaming) == ("allenai/c4", "en", "validation", True) and not trust_remote_code
         yield from ({"text": text} for text in TEXTS)
 
     monkeypatch.setattr(datasets, "load_dataset", streamed)
