@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emo_select.errors import UsageError
-from emo_select.tree import write_bytes
+from emo_select.ownership import require_own_files
+from emo_select.tree import write_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,13 +37,22 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path, *, dpi: int = 300) -> Path:
-    """Write a figure by rename, in the format of its suffix and without a date: equal figures are equal files."""
+    """Write a figure by rename, in the format of its suffix and without a date: equal figures are equal files.
+
+    Raises `OwnershipError` where another's file stands.
+    """
     suffix = path.suffix.lstrip(".")
     data = io.BytesIO()
     dated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)
     figure.savefig(data, format=suffix, dpi=dpi, metadata=dated)
-    write_bytes(path, data.getvalue())
+    write_output(path, data.getvalue())
     return path
+
+
+def save_all(figures: Mapping[Path, Figure]) -> list[Path]:
+    """`save` every figure, or none where another's file stands at one of the places."""
+    require_own_files(*figures)
+    return [save(figure, path) for path, figure in figures.items()]
 
 
 def plain(name: str) -> str:

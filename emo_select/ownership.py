@@ -1,21 +1,26 @@
 """Whose a folder is: every folder that appears by `tree.publish` says inside that we made it.
 
 Nothing is replaced or deleted on the strength of its name alone. Names that begin with a dot and end in `.partial` or
-`.old` are reserved for what is under way.
+`.old` are reserved for what is under way. Beside files that a user names, as for `report` and `table --to`, a record
+says what was written (`tree.write_output`); it does not make their folder ours.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from emo_select.errors import OwnershipError
 from emo_select.textfile import read_json_object
 
-MARKER = ".emo-select.json"
+MARKER, FILES = ".emo-select.json", ".emo-select-files.json"
 NOTE = "This folder was made by emo-select, which may therefore replace it. Delete this file to prevent that."
+FILES_NOTE = ("Files here that emo-select wrote, which it may therefore replace while they are as it wrote them. "
+              "Delete this file to prevent that.")
 RUN_RECORD, TRAINING = "run.json", ("training.json", ".training/job.json")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -81,3 +86,44 @@ def require_replaceable(final: Path, *sources: Path, what: str | None = None) ->
                              "delete it yourself.")
     if what and made != what:
         raise OwnershipError(f"{final} holds something else (a {made}); choose another output, or delete it yourself.")
+
+
+def require_own_files(*files: Path) -> None:
+    """Raise `OwnershipError` where one of `files` is there and is not as we wrote it, by the record beside it."""
+    for file in files:
+        if not os.path.lexists(file):
+            continue
+        if file.is_symlink() or not file.is_file():
+            raise OwnershipError(f"{file} is no plain file, so it is not replaced; choose another name.")
+        if not _is_as_written(file):
+            raise OwnershipError(f"{file} was not made by emo-select, or was changed since, so it is not replaced; "
+                                 "choose another name, or remove it.")
+
+
+def with_file(file: Path, data: bytes) -> dict[str, Any]:
+    """The record of the folder of `file` as it has to be before `data` is written there.
+
+    It knows what stands there now, too, if that is ours: whichever of both a kill leaves may be replaced.
+    """
+    new = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    known = _written(file.parent)
+    now = [entry for entry in known.get(file.name, []) if entry != new and _matches(file, entry)]
+    return {"made_by": "emo-select", "note": FILES_NOTE, "files": {**known, file.name: [*now, new]}}
+
+
+def _written(folder: Path) -> dict[str, list[Any]]:
+    record = folder / FILES
+    files = read_json_object(record).get("files") if record.is_file() else None
+    found = files if isinstance(files, dict) else {}
+    return {name: entries for name, entries in found.items() if isinstance(entries, list)}
+
+
+def _is_as_written(file: Path) -> bool:
+    return any(_matches(file, entry) for entry in _written(file.parent).get(file.name, []))
+
+
+def _matches(file: Path, entry: Any) -> bool:
+    if not file.is_file() or not isinstance(entry, dict) or entry.get("size") != file.stat().st_size:
+        return False
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == entry.get("sha256")

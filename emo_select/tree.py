@@ -28,7 +28,15 @@ from typing import Any, BinaryIO
 from emo_select import textfile
 from emo_select.errors import CheckpointError, DiskSpaceError, LockedError, TextError
 from emo_select.faults import at, existing_part, require_writable
-from emo_select.ownership import CHECKPOINT, OUTPUT, mark, require_replaceable
+from emo_select.ownership import (
+    CHECKPOINT,
+    FILES,
+    OUTPUT,
+    mark,
+    require_own_files,
+    require_replaceable,
+    with_file,
+)
 from emo_select.spec import RunSpec, parse_directory_name
 
 DEFAULT_ROOT = "selective_evals_final"
@@ -249,6 +257,33 @@ def write_bytes(path: Path, data: bytes) -> None:
         partial_directory(path).replace(path)
 
 
+def write_output(path: Path, data: bytes) -> None:
+    """`write_bytes` of a file that a user named: it is noted beside it, and replaces nothing but our own, unchanged.
+
+    Raises `OwnershipError`, before anything is written, where what stands there is not ours.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone_in(path.parent):
+        require_own_files(path)
+        noted = with_file(path, data)
+        write_json(path.with_name(FILES), noted)
+        write_bytes(path, data)
+        if (settled := with_file(path, data)) != noted:
+            write_json(path.with_name(FILES), settled)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process notes files in the folder."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a disk that knows no locks
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
+
+
 @contextmanager
 def _growing(partial: Path) -> Iterator[BinaryIO]:
     """The file that `write_bytes` renames, empty and locked.
@@ -282,7 +317,12 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON by rename, readable and with a final newline."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON as `write_json` writes it."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:

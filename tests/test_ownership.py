@@ -2,19 +2,22 @@
 
 import hashlib
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from emo_select import ownership, tree
+from emo_select import figures, ownership, tree
+from emo_select.analysis.page import write_page
 from emo_select.checkpoint import open_checkpoint, resolve
 from emo_select.cli.app import app
 from emo_select.errors import EmoSelectError, OwnershipError
 from emo_select.experts.methods import select_random
-from emo_select.ownership import MARKER, require_replaceable
-from emo_select.tree import publish, remove_directory, staged_directory
+from emo_select.ownership import FILES, MARKER, made_as, require_replaceable
+from emo_select.tables import Table, write_tables
+from emo_select.tree import publish, remove_directory, staged_directory, write_output
 
 CALIBRATION = ["--task", "demo_harbor", "--num-examples", "2", "--device", "cpu"]
 
@@ -191,3 +194,140 @@ def test_a_selection_finds_its_model_again_and_no_other(model, tmp_path, monkeyp
     code, output = run("prune", tmp_path / "selection.json", "--out", tmp_path / "b")
     assert code == 2 and "made on other weights" in output
     assert run("prune", tmp_path / "selection.json", "--model", "model", "--out", tmp_path / "b")[0] == 0
+
+
+def test_a_file_is_replaced_only_as_we_wrote_it(tmp_path):
+    file = tmp_path / "new" / "page.html"
+    write_output(file, b"first")
+    write_output(file, b"second")
+    write_output(file.with_name("other"), b"x")
+    record = json.loads((tmp_path / "new" / FILES).read_text())["files"]
+    assert {name: [entry["size"] for entry in entries] for name, entries in record.items()} == {"page.html": [6],
+                                                                                               "other": [1]}
+    file.write_bytes(b"edited")  # as long as before
+    with pytest.raises(OwnershipError, match=r"page\.html was not made by emo-select, or was changed since"):
+        write_output(file, b"third")
+    assert file.read_bytes() == b"edited"
+    file.unlink()
+    write_output(file, b"third")
+    assert file.read_bytes() == b"third"
+    assert sorted(path.name for path in file.parent.iterdir()) == [FILES, "other", "page.html"]
+
+
+def test_files_of_others_links_and_folders_are_not_replaced(tmp_path):
+    (tmp_path / "mine").write_text("years of work")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "folder").mkdir()
+    for name in ("mine", "link", "nowhere", "folder"):
+        with pytest.raises(OwnershipError, match=f"{name} (was not made by emo-select|is no plain file)"):
+            write_output(tmp_path / name, b"years of work")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link", "mine", "nowhere"]
+
+
+def test_a_record_of_files_does_not_make_a_folder_ours(tmp_path, thesis):
+    write_output(thesis / "page.html", b"page")
+    assert made_as(thesis) is None
+    with pytest.raises(OwnershipError, match="not made by emo-select"):
+        require_replaceable(thesis)
+
+
+@pytest.mark.parametrize("there", [b"first", None])
+@pytest.mark.parametrize("change", range(4))
+def test_a_kill_at_any_change_leaves_a_file_that_may_be_replaced(tmp_path, monkeypatch, there, change):
+    file, real, count = tmp_path / "page.html", Path.replace, 0
+    if there is not None:
+        write_output(file, there)
+
+    def killed(self, target):
+        nonlocal count
+        count += 1
+        if count == change // 2 + 1:
+            if change % 2:
+                real(self, target)
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_output(file, b"second")
+    monkeypatch.setattr(Path, "replace", real)
+    write_output(file, b"third")
+    assert file.read_bytes() == b"third"
+    assert [entry["size"] for entry in json.loads((tmp_path / FILES).read_text())["files"]["page.html"]] == [5]
+
+
+def write_often(folder: Path, name: str, letter: bytes) -> None:
+    for number in range(20):
+        write_output(folder / name, letter * (number + 1))
+
+
+def test_two_processes_note_files_in_one_folder(tmp_path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=write_often, args=(tmp_path, name, letter))
+               for name, letter in (("a", b"a"), ("b", b"b"), ("same", b"c"), ("same", b"d"))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0, 0]
+    assert json.loads((tmp_path / FILES).read_text())["files"].keys() == {"a", "b", "same"}
+    for name in ("a", "b", "same"):
+        write_output(tmp_path / name, b"again")
+
+
+def test_commands_refuse_files_of_others_before_work(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    select = ["select", "--model", model, "--method", "random", "-k", "8", "--out", "chosen"]
+    assert run(*select)[0] == 0
+    assert run(*select)[0] == 0  # our own
+    for words, name in ((select, "chosen/selection.json"), (["report", "page.html", "-o", "empty"], "page.html"),
+                        (["inspect", "chosen", "--calibration-curve", "--out", "curve"], "curve/calibration_curve.png"),
+                        (["eval", "--model", model, "--task", "demo_harbor", "--sweep-keep-k", "8", "--method",
+                          "random", "--limit", "1", "--device", "cpu", "--out", "scores"],
+                         "scores/sweep-random/curve.json")):
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
+        Path(name).write_text("years of work")
+        before = state(tmp_path)
+        code, text = run(*words)
+        assert code == 2
+        assert name in text
+        assert "choose another name, or remove it" in text
+        assert state(tmp_path) == before
+
+
+def test_tables_and_pictures_are_written_all_or_none(selection, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tables").mkdir()
+    Path("tables/problems.csv").write_text("years of work")
+    with pytest.raises(OwnershipError, match=r"tables/problems\.csv"):
+        write_tables([Table(name, ["a"], [["b"]]) for name in ("summary", "problems")], Path("tables"), "csv")
+    assert [path.name for path in Path("tables").iterdir()] == ["problems.csv"]
+    Path("one").mkdir()
+    Path("two").mkdir()
+    shutil.copy(selection, "one/selection.json")
+    shutil.copy(selection, "two/selection.json")
+    Path("pictures").mkdir()
+    Path("pictures/overlaps.png").write_text("years of work")
+    code, text = run("inspect", "one", "two", "--out", "pictures")
+    assert (code, "pictures/overlaps.png" in text) == (2, True)
+    assert [path.name for path in Path("pictures").iterdir()] == ["overlaps.png"]
+    Path("pictures/overlaps.png").unlink()
+    assert run("inspect", "one", "two", "--out", "pictures")[0] == 0
+    assert run("inspect", "one", "two", "--out", "pictures")[0] == 0
+
+
+def test_figures_are_saved_all_or_none(tmp_path):
+    drawn = {tmp_path / f"figure.{suffix}": figures.new_figure(1, 1) for suffix in ("png", "pdf")}
+    assert figures.save_all(drawn) == figures.save_all(drawn) == list(drawn)
+    (tmp_path / "figure.pdf").write_text("years of work")
+    (tmp_path / "figure.png").unlink()
+    with pytest.raises(OwnershipError, match=r"figure\.pdf was not made by emo-select"):
+        figures.save_all(drawn)
+    assert not (tmp_path / "figure.png").exists()
+
+
+def test_a_page_of_others_is_refused_before_models_are_read(tmp_path):
+    (tmp_path / "page.html").write_text("years of work")
+    with pytest.raises(OwnershipError, match=r"page\.html was not made by emo-select"):
+        write_page([tmp_path / "nowhere"], tmp_path / "page.html")

@@ -17,7 +17,7 @@ from emo_select.analysis.layout import FitFolder, ModelFolder
 from emo_select.analysis.page import fit_of, require_same_texts
 from emo_select.analysis.words import Pieces, tokenizer_of
 from emo_select.errors import SpecError
-from emo_select.figures import STYLE, matplotlib, new_figure, plain, save
+from emo_select.figures import STYLE, matplotlib, new_figure, plain, save_all
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,7 +86,7 @@ def draw_figure5(folders: Sequence[Path], out: Path, fit: str | None = None, *, 
             colours = {cluster: COLOURS[i] for i, (cluster, _) in enumerate(side.ranked(shown)[:len(COLOURS)])}
             _clusters(top, side, colours)
             _document(below, side, shown, lines, colours)
-        return [save(figure, out / f"figure5.{suffix}") for suffix in formats], shown
+        return save_all({out / f"figure5.{suffix}": figure for suffix in formats}), shown
 
 
 def choose_document(sides: Sequence[Side]) -> int:

@@ -26,8 +26,9 @@ from emo_select.analysis.words import Pieces, tokenizer_of
 from emo_select.errors import SpecError
 from emo_select.experts.inspect import find_selections
 from emo_select.experts.keepset import KeepSet
+from emo_select.ownership import require_own_files
 from emo_select.progress import track
-from emo_select.tree import write_bytes
+from emo_select.tree import write_output
 
 ASSETS = Path(__file__).with_name("assets")
 LEVEL = 6  # of gzip; more takes long and gains little
@@ -48,6 +49,7 @@ def write_page(folders: Sequence[Path], out: Path, fit: str | None = None, *, ke
     Raises:
         SpecError: no model, no fit, models of different texts. CheckpointError: a damaged file.
     """
+    require_own_files(out)
     models = [ModelFolder(Path(folder)) for folder in folders]
     fits = [fit_of(model, fit) for model in models]
     require_same_texts(models)
@@ -61,7 +63,7 @@ def write_page(folders: Sequence[Path], out: Path, fit: str | None = None, *, ke
             head["models"].append(_model(model, one, clusters, selections[number]))
             bar.advance()
     head |= {"title": title, "version": __version__, "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
-    write_bytes(out, render(title, pack(head, arrays)).encode())
+    write_output(out, render(title, pack(head, arrays)).encode())
     return out
 
 

@@ -355,7 +355,9 @@ def _finish(wanted: Extraction, fitting: Fitting, label_command: str | None, pub
             as_json: bool) -> None:
     """Extract, fit, label, and show the numbers."""
     from emo_select.analysis.workflow import extract_all, fit_all, label_all
+    from emo_select.ownership import require_own_files
 
+    require_own_files(wanted.out / PAGE)
     done = label_all(fit_all(extract_all(wanted), fitting), label_command)
     _write_published([(one.folder, one.fits) for one in done], published_layout)
     _show_results(done, as_json, _page_of(done))

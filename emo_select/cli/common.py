@@ -12,6 +12,7 @@ import typer
 
 from emo_select.cli import completion
 from emo_select.faults import require_writable
+from emo_select.ownership import require_own_files
 
 DATA_DIR_VARIABLE = "EMO_SELECT_DATA_DIR"
 
@@ -27,8 +28,9 @@ RUN, CALIBRATE, TRAIN, SCORE, MACHINE, OUTPUT = "Run", "Calibration", "Finetunin
 
 
 def writable_file(param: typer.CallbackParam, value: Path) -> Path:
-    """Refuse a file that could not be written, before any work; the argument's callback."""
+    """Refuse a file that could not be written, or another's, before any work; the argument's callback."""
     require_writable(value.parent, hint="name a file somewhere else")
+    require_own_files(value)
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -184,21 +185,25 @@ def inspect(
 ) -> None:
     """Look at selections: coverage per layer, and what they have in common across tasks, methods and sample sizes."""
     from emo_select.experts.inspect import as_data, find_selections
+    from emo_select.ownership import require_own_files
 
     if calibration_curve or model:
+        target = out or Path("calibration_curve")
+        pictures = [target / f"calibration_curve.{suffix}" for suffix in ("png", "pdf")] if plot else []
+        require_own_files(*pictures)
         wanted = {"method": method, "seed": seed, "num_shots": num_shots}
         options = _options(device, dtype, None, None, None)
         curves = (_made_curves(model, task, keep_k, sizes, wanted, out, data_dir, options) if model
                   else _found_curves(paths or []))
-        _show_curves(curves, out or Path("calibration_curve"), plot, published_layout, as_json)
+        _show_curves(curves, target, pictures, published_layout, as_json)
         return
     found = find_selections(paths or [Path()])
-    pictures = _draw(found, out) if plot else []
+    drawn = _draw(found, out) if plot else []
     if as_json:
-        common.emit({**as_data(found), "pictures": [str(path) for path in pictures]})
+        common.emit({**as_data(found), "pictures": [str(path) for path in drawn]})
     else:
         _show(found)
-        for path in pictures:
+        for path in drawn:
             typer.echo(path)
 
 
@@ -229,15 +234,13 @@ def _made_curves(model: str, tasks: list[str] | None, keep_ks: list[str] | None,
     return collect_curves(request, names, out or Path("calibration_curve"), data_dir=data_dir, options=options)
 
 
-def _show_curves(curves: Sequence[Curve], out: Path, plot: bool, published: bool, as_json: bool) -> None:
+def _show_curves(curves: Sequence[Curve], out: Path, pictures: Sequence[Path], published: bool, as_json: bool) -> None:
     from emo_select.experts.calibration_curve import write_summary
     from emo_select.experts.plots import plot_curves
 
-    files = write_summary(curves, out, published=published)
-    if plot:
-        for suffix in ("png", "pdf"):
-            plot_curves(curves, out / f"calibration_curve.{suffix}")
-            files.append(out / f"calibration_curve.{suffix}")
+    files = [*write_summary(curves, out, published=published), *pictures]
+    for picture in pictures:
+        plot_curves(curves, picture)
     if as_json:
         common.emit({"curves": [curve.as_data() for curve in curves], "files": [str(file) for file in files]})
         return
@@ -347,28 +350,33 @@ def _collect(model: str, tasks: list[str], texts: dict[str, Any], options: Strea
 
 def _standalone(models: list[str], keep_ks: list[str], schedules: list[str], methods: list[str],
                 wanted: dict[str, Any], out: Path, options: StreamOptions, data_dir: str | None) -> list[Path]:
+    from emo_select.experts.inspect import SELECTION
     from emo_select.experts.select import Selection, select_experts
     from emo_select.names import Names
+    from emo_select.ownership import require_own_files
     from emo_select.spec import Calibration, checked
     from emo_select.tree import Tree
 
     wanted = {**wanted, "calibration": checked(Calibration, wanted["calibration"])}
-    results, names = [], Names(Tree(out))
-    for model in models:
-        asked, folder = _keep_ks(model, keep_ks, schedules), names.folder(model)
-        for method in methods:
-            found = select_experts(model, Selection(keep_k=asked, method=method, **wanted), out_dir=out,
-                                   options=options, data_dir=data_dir)
-            several = len(models) * len(methods) * len(asked) > 1
-            results += [_store(keep_set, out / _folder(folder, method, asked) if several else out)
-                        for asked, keep_set in found.items()]
+    names, asked = Names(Tree(out)), {model: _keep_ks(model, keep_ks, schedules) for model in models}
+    several = len(methods) * sum(map(len, asked.values())) > 1
+    places = {(model, method, keep_k):
+              (out / _folder(names.folder(model), method, keep_k) if several else out) / SELECTION
+              for model in models for method in methods for keep_k in asked[model]}
+    require_own_files(*places.values())
+    results = []
+    for model, method in product(models, methods):
+        found = select_experts(model, Selection(keep_k=asked[model], method=method, **wanted), out_dir=out,
+                               options=options, data_dir=data_dir)
+        results += [_store(keep_set, places[model, method, keep_k]) for keep_k, keep_set in found.items()]
     return results
 
 
-def _store(keep_set: KeepSet, folder: Path) -> Path:
-    path = folder / "selection.json"
+def _store(keep_set: KeepSet, path: Path) -> Path:
+    from emo_select.tree import write_output
+
     if _process()[0] == 0:
-        keep_set.save(path)
+        write_output(path, keep_set.as_bytes())
     return path
 
 
@@ -410,17 +418,18 @@ def _report(results: Sequence[Path], *, plot: bool, as_json: bool) -> None:
 def _draw(found: dict[str, KeepSet], out: Path | None, files: Sequence[Path] = ()) -> list[Path]:
     """A heat map per selection with scores, and one matrix of overlaps if there are several."""
     from emo_select.experts.plots import plot_overlaps, plot_scores
+    from emo_select.ownership import require_own_files
 
     folder = out or Path()
     places = [file.parent / "selection.png" for file in files] or [folder / f"{_file_name(name)}.png" for name in found]
-    drawn = []
-    for (name, keep_set), place in zip(found.items(), places, strict=True):
-        if keep_set.scores is not None:
-            plot_scores(keep_set, place, name)
-            drawn.append(place)
+    pairs = zip(found.items(), places, strict=True)
+    drawable = {place: (keep_set, name) for (name, keep_set), place in pairs if keep_set.scores is not None}
+    drawn = [*drawable, *([folder / "overlaps.png"] if len(found) > 1 else [])]
+    require_own_files(*drawn)
+    for place, (keep_set, name) in drawable.items():
+        plot_scores(keep_set, place, name)
     if len(found) > 1:
-        plot_overlaps(found, folder / "overlaps.png")
-        drawn.append(folder / "overlaps.png")
+        plot_overlaps(found, drawn[-1])
     return drawn
 
 

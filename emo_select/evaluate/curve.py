@@ -5,6 +5,7 @@ Keep sets are chosen from the checkpoint on disk, all keep-k in one pass, before
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from emo_select.evaluate.results import read_scores
 from emo_select.evaluate.room import require_room
 from emo_select.evaluate.run import Evaluator, load_engine
 from emo_select.faults import translated
+from emo_select.ownership import require_own_files
 from emo_select.spec import METHODS, Calibration, digest
 from emo_select.tasks.base import Task
-from emo_select.tree import write_json
+from emo_select.tree import json_bytes, write_output
 
 if TYPE_CHECKING:
     from emo_select.evaluate.engine import SharedPrefixLM
@@ -49,13 +51,14 @@ def sweep_keep_k(
 ) -> list[Point]:
     """Score `model` masked to `keep_sets[task name][keep-k]`; result files in `out_dir/keepk-<K>/`, and the curve."""
     _require_own_model(options)
+    require_own_files(out_dir / "curve.json", out_dir / "curve.png")
     with open_checkpoint(model) as checkpoint, parallel.process_group():
         require_room(checkpoint.config, tasks, options.max_length)
         engine = load_engine(model, options)
         points = [_point(checkpoint, engine, model, task, keep_set, out_dir / f"keepk-{keep_k}", options)
                   for task in tasks for keep_k, keep_set in sorted(keep_sets[task.name].items())]
     if parallel.rank() == 0:
-        write_json(out_dir / "curve.json", [asdict(point) for point in points])
+        write_output(out_dir / "curve.json", json_bytes([asdict(point) for point in points]))
         if not draw(points, out_dir / "curve.png"):
             progress.say("Install emo-select[plots] to get the curve as a picture.")
     return points
@@ -105,7 +108,7 @@ def _point(checkpoint: Checkpoint, engine: SharedPrefixLM, model: str, task: Tas
 
     size = plan_prune(checkpoint, keep_set, allow_nonuniform=True).total_bytes
     out_dir = place(out_dir, model, task, options, name_of(keep_set))
-    keep_set.save(out_dir / f"selection-{task.name}.json")
+    write_output(out_dir / f"selection-{task.name}.json", keep_set.as_bytes())
     progress.say(f"{task.name}, keep-k {keep_set.keep_k}")
     metrics = evaluate_masked(engine, checkpoint.config, model, [task], keep_set, out_dir, options)[task.name]
     if parallel.rank():  # the first process writes files, and reads them below
@@ -172,5 +175,7 @@ def draw(points: Sequence[Point], path: Path) -> bool:
     axes.set(xlabel="weights in GB (labels: experts kept per layer)", ylabel="score", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
-    FigureCanvasAgg(figure).print_png(path)
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)
+    write_output(path, picture.getvalue())
     return True

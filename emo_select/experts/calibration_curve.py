@@ -21,8 +21,9 @@ from emo_select import progress
 from emo_select.errors import CheckpointError, SpecError
 from emo_select.experts.inspect import jaccard
 from emo_select.experts.keepset import KeepSet
+from emo_select.ownership import require_own_files
 from emo_select.spec import Calibration
-from emo_select.tree import read_json, write_bytes, write_json
+from emo_select.tree import json_bytes, read_json, write_json, write_output
 
 if TYPE_CHECKING:
     from emo_select.checkpoint import Checkpoint
@@ -312,12 +313,13 @@ def write_summary(curves: Sequence[Curve], out: Path, *, published: bool = False
     `published`: summary.md as published, with shared experts counted and keep-k sorted as text. Else routed experts,
     the published number in parentheses, keep-k sorted by size.
     """
-    files = []
-    for model in dict.fromkeys(curve.model for curve in curves):
+    models = dict.fromkeys(curve.model for curve in curves)
+    files = [out / _model_folder(model) / name for model in models for name in ("summary.md", "curve.json")]
+    require_own_files(*files)
+    for model in models:
         own, folder = [curve for curve in curves if curve.model == model], out / _model_folder(model)
-        write_bytes(folder / "summary.md", markdown(own, published=published).encode())
-        write_json(folder / "curve.json", [curve.as_data() for curve in own])
-        files += [folder / "summary.md", folder / "curve.json"]
+        write_output(folder / "summary.md", markdown(own, published=published).encode())
+        write_output(folder / "curve.json", json_bytes([curve.as_data() for curve in own]))
     return files
 
 

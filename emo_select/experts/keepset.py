@@ -24,7 +24,7 @@ from emo_select.models.families import (
     top_k,
 )
 from emo_select.spec import Frozen
-from emo_select.tree import read_json, write_json
+from emo_select.tree import json_bytes, read_json, write_bytes
 
 PUBLISHED_METHODS = {"layerwise": "greedy_layerwise", "variable": "greedy_layerwise_variable"}
 
@@ -70,7 +70,11 @@ class KeepSet(Frozen):
 
     def save(self, path: Path) -> None:
         """Write selection.json."""
-        write_json(path, self.model_dump(mode="json"))
+        write_bytes(path, self.as_bytes())
+
+    def as_bytes(self) -> bytes:
+        """What `save` writes."""
+        return json_bytes(self.model_dump(mode="json"))
 
     @classmethod
     def load(cls, path: Path) -> KeepSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from emo_select.experts.calibration_curve import Curve, all_sizes
 from emo_select.experts.inspect import layer_views, overlaps
 from emo_select.experts.keepset import KeepSet
 from emo_select.figures import STYLE, matplotlib, new_figure, plain, save
+from emo_select.tree import write_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,7 +140,6 @@ def _plain(text: str) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=DPI, format="png")
-    partial.replace(path)
+    data = io.BytesIO()
+    figure.savefig(data, dpi=DPI, format="png")
+    write_output(path, data.getvalue())

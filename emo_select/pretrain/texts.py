@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from emo_select import textfile
 from emo_select.errors import DataMissingError, SpecError, TokenDataError
+from emo_select.ownership import FILES, MARKER
 from emo_select.progress import say_once
 
 HUB = "hf:"
@@ -98,7 +99,8 @@ def documents(source: Source, field: str = "text", *, lines: bool = False) -> It
 
 
 def _below(folder: Path) -> list[Source]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _kind(path)]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _kind(path)
+             and path.name not in (MARKER, FILES)]
     if not files:
         raise TokenDataError(f"{folder} holds no texts; files end in {', '.join(SUFFIXES)}.")
     return [Source(str(path), path) for path in files]

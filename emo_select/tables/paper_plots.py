@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emo_select.errors import UnknownNameError, UsageError
-from emo_select.figures import STYLE, matplotlib, new_figure, save
+from emo_select.figures import STYLE, matplotlib, new_figure, save_all
 from emo_select.tables import paper
 from emo_select.tables.main import Checkpoint
 from emo_select.tables.paper import KEEP_KS, Line, PaperSource, Value
@@ -51,14 +51,15 @@ def paper_plots(source: PaperSource, folder: Path, *, kinds: Sequence[str] = (),
         raise UnknownNameError("figure", unknown, FIGURES)
     problems = list(source.problems)
     wins = paper.Wins(source, problems, published_wins)
-    files: list[Path] = []
+    drawn: dict[Path, Figure] = {}
     with matplotlib().rc_context(LOOK):
         for kind in kinds or FIGURES:
             figure = FIGURES[kind](source, wins)
             if figure is not None:
-                files += [save(figure, folder / f"{kind}.{suffix}") for suffix in formats]
+                drawn |= {folder / f"{kind}.{suffix}": figure for suffix in formats}
             elif kinds:
                 raise UsageError(f"The tables hold nothing that {kind} shows.")
+        files = save_all(drawn)
     if not files:
         raise UsageError("The tables hold none of the paper's models, so there is nothing to draw.")
     return files, list(dict.fromkeys(problems))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from emo_select import figures
 from emo_select.errors import UnknownNameError, UsageError
-from emo_select.figures import matplotlib, new_figure, plain, save
+from emo_select.figures import matplotlib, new_figure, plain, save_all
 from emo_select.tables.layout import Layout
 from emo_select.tables.pool import Estimate, pool, results_of
 from emo_select.tables.read import Problem, Records, Setting
@@ -120,17 +120,18 @@ def plot(records: Records, layout: Layout, folder: Path, *, kinds: Sequence[str]
         raise UnknownNameError("plot", unknown, FIGURES)
     library = matplotlib()
     view, problems = _view(records, layout, stage)
-    files: list[Path] = []
+    drawn: dict[Path, Figure] = {}
     with library.rc_context(STYLE):
         for kind in kinds or FIGURES:
             figure = FIGURES[kind](view)
             if not isinstance(figure, str):
-                files += [save(figure, folder / f"{kind}-{view.stage}.{suffix}") for suffix in formats]
+                drawn |= {folder / f"{kind}-{view.stage}.{suffix}": figure for suffix in formats}
             elif kinds:
                 raise UsageError(f"There is nothing to show in a {kind} plot {view.stage} finetuning: it needs "
                                  f"{figure}.")
             else:
                 view.leave_out(kind, f"It needs {figure}.")
+        files = save_all(drawn)
     if not files:
         needs = "; ".join(f"{note.path}: {note.message.rstrip('.')}" for note in view.left_out)
         raise UsageError(f"There is nothing to plot {view.stage} finetuning ({needs}).")

@@ -26,7 +26,7 @@ from emo_select.tables.layout import Layout
 from emo_select.tables.pool import Estimate, estimate, results_of
 from emo_select.tables.read import Problem, Records, Run
 from emo_select.tables.summary import SummaryRow, experts_of, is_full, summarise
-from emo_select.tree import write_bytes
+from emo_select.tree import write_output
 
 ASSETS = Path(__file__).with_name("assets")
 SUMMARY = ("model", "keep", "full", "method", "note", "group", "metric", "found", "tasks", "seeds", "documents",
@@ -38,7 +38,7 @@ RUNS = ("directory", "model", "task", "group", "keep", "full", "method", "note",
 def write_report(records: Records, layout: Layout, path: Path, *, title: str = "Expert selection: results",
                  examples: int = 5) -> None:
     """Write the report about `records` to `path` by rename. `examples`: changed predictions shown per run."""
-    write_bytes(path, page(report_data(records, layout, examples=examples), title).encode())
+    write_output(path, page(report_data(records, layout, examples=examples), title).encode())
 
 
 def report_data(records: Records, layout: Layout, *, examples: int = 5) -> dict[str, Any]:

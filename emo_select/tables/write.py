@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emo_select.tree import write_bytes
+from emo_select.ownership import require_own_files
+from emo_select.tree import write_output
 
 Cell = str | int | float | None
 SUFFIXES = {"csv": "csv", "tsv": "tsv", "markdown": "md", "latex": "tex", "text": "txt", "json": "json"}
@@ -47,10 +48,14 @@ def render(table: Table, style: str) -> str:
 
 
 def write_tables(tables: Sequence[Table], folder: Path, style: str) -> list[Path]:
-    """Write each table to `folder/<name>.<suffix>` by rename; returns the files."""
+    """Write each table to `folder/<name>.<suffix>` by rename; returns the files.
+
+    Raises `OwnershipError`, before anything is written, where another's file stands.
+    """
     files = [folder / f"{table.name}.{SUFFIXES[style]}" for table in tables]
+    require_own_files(*files)
     for table, file in zip(tables, files, strict=True):
-        write_bytes(file, render(table, style).encode())
+        write_output(file, render(table, style).encode())
     return files
 
 

@@ -14,6 +14,7 @@ from emo_select.cli.select import register
 from emo_select.errors import EmoSelectError, KeepKError, SpecError
 from emo_select.experts import KeepSet
 from emo_select.experts.inspect import find_selections, jaccard, layer_views, mean_coverage, overlaps
+from emo_select.ownership import FILES
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXTS = ["w5 w6 w7 w8", "w9 w10", "w30 w31 w32 w33 w34", "w40 w41 w5"]
@@ -139,7 +140,7 @@ def test_inspect_shows_odd_names_as_they_are() -> None:
     keep_set((0, 3), (2, 3)).save(Path("runs", ".hidden", "selection.json"))
     output = call("inspect", "runs", "--out", "pictures")
     assert "[red]a$b$: reap, keep-k 2, coverage 0.750 of reap" in output
-    assert {path.name for path in Path("pictures").iterdir()} == {"[red]a$b$.png", "plain.png", "overlaps.png"}
+    assert {path.name for path in Path("pictures").iterdir()} == {"[red]a$b$.png", "plain.png", "overlaps.png", FILES}
     assert find_selections([Path("runs")]).keys() == {"[red]a$b$", "plain"}
     with pytest.raises(SpecError, match="select experts first"):
         call("inspect", "pictures")

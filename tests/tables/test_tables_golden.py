@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from emo_select.errors import UnknownNameError
+from emo_select.ownership import FILES
 from emo_select.tables import Filters, Records, load_layout, load_tree, make, write_tables
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tables"
@@ -32,7 +33,8 @@ def expected_files(case: str, style: str, tmp_path: Path) -> dict[str, bytes]:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*")
+            if path.is_file() and path.name != FILES}
 
 
 def digests(files: dict[str, bytes]) -> dict[str, str]:
