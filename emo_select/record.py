@@ -32,6 +32,10 @@ ACTIVATIONS_KEY = "stage_fingerprint"
 _PACKAGES = ("emo-select", "torch", "transformers", "datasets", "lm-eval", "peft", "accelerate")
 
 
+STATISTICS = 2
+"""Version of the stored statistics. 2: `reap` weighs by the gate that the model applies, not a renormalised one."""
+
+
 class StageRecord(Frozen):
     """One finished stage."""
 

@@ -12,9 +12,6 @@ from emo_select.experts.rules import KeepK, LayerRules, choose, layer_rules, res
 if TYPE_CHECKING:
     from emo_select.experts.scores import Scores
 
-STATISTICS = 2
-"""Version of the stored statistics. 2: `reap` weighs by the gate that the model applies, not a renormalised one."""
-
 # method of a run → criterion it ranks by
 ONE_PASS: Mapping[str, str] = {"easy_ep": "easy_ep", "global": "router_probability", "frequency": "frequency",
                                "gate_mass": "gate_mass", "ean": "ean", "reap": "reap",

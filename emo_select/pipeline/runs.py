@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from emo_select import names, record
 from emo_select.errors import CheckpointError
-from emo_select.experts.methods import STATISTICS
 from emo_select.spec import Execution, RunSpec, digest
 from emo_select.tree import RunPaths, Tree
 
@@ -100,7 +99,7 @@ def _activations_depend(run: Run) -> dict[str, Any]:
     chosen = run.spec.calibration
     texts = _file_digest(chosen.file) if chosen.file else run.task.fingerprint()
     return {"model": run.source.forward_fingerprint, "texts": texts, "calibration": chosen.model_dump(),
-            "statistics": STATISTICS}
+            "statistics": record.STATISTICS}
 
 
 def _select_depends(run: Run) -> dict[str, Any]:
