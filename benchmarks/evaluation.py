@@ -32,6 +32,7 @@ from emo_select.evaluate.engine import SharedPrefixLM, scored_input
 from emo_select.evaluate.prefixes import Planner
 from emo_select.models import load_model
 from emo_select.tasks import get_tasks
+from emo_select.tasks.harness import HarnessTask
 
 SIZES = {"layers": 6, "experts": 16, "hidden": 512, "width": 256, "heads": 8, "top_k": 4, "vocab": 8192}
 TASKS = {"hellaswag": 6.0, "mmlu_biology": 7.0, "mmlu_pro_psychology": 7.0, "arc_challenge": 5.0, "winogrande": 2.0}
@@ -73,7 +74,7 @@ def _options() -> argparse.Namespace:
 
 def _requests(task: Any, docs: int, block: str | None) -> list[Instance]:
     """Requests of documents spread evenly over the test split; `block` replaces the few-shot text."""
-    harness = task.lm_eval_task(None, None)
+    harness = HarnessTask(task, None, None)
     harness.docs = harness.docs[:: max(1, len(harness.docs) // docs)][:docs]
     harness.build_all_requests(limit=None, rank=0, world_size=1)
     for request in harness.instances if block is not None else ():

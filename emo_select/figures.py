@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from emo_select.errors import UsageError
 from emo_select.ownership import require_own_files
-from emo_select.tree import write_output
+from emo_select.storage import write_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

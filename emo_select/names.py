@@ -25,8 +25,9 @@ from emo_select.errors import LockedError, TextError
 from emo_select.ownership import RUN_RECORD
 from emo_select.progress import say_once
 from emo_select.spec import Frozen, digest, model_directory
+from emo_select.storage import write_json
 from emo_select.textfile import read_json_object
-from emo_select.tree import Tree, write_json
+from emo_select.tree import Tree
 
 if TYPE_CHECKING:
     from emo_select.tasks import Task

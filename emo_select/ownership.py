@@ -1,8 +1,8 @@
-"""Whose a folder is: every folder that appears by `tree.publish` says inside that we made it.
+"""Whose a folder is: every folder that appears by `storage.publish` says inside that we made it.
 
 Nothing is replaced or deleted on the strength of its name alone. Names that begin with a dot and end in `.partial` or
 `.old` are reserved for what is under way. Beside files that a user names, as for `report` and `table --to`, a record
-says what was written (`tree.write_output`); it does not make their folder ours.
+says what was written (`storage.write_output`); it does not make their folder ours.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ from pydantic import ValidationError
 from emo_select.checkpoint.card import CARD
 from emo_select.errors import CheckpointError
 from emo_select.spec import Frozen, RunSpec
-from emo_select.tree import RunPaths, read_json, write_json
+from emo_select.storage import read_json, write_json
+from emo_select.tree import RunPaths
 
 ACTIVATIONS_KEY = "stage_fingerprint"
 _PACKAGES = ("emo-select", "torch", "transformers", "datasets", "lm-eval", "peft", "accelerate")

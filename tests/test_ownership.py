@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from emo_select import figures, ownership, tree
+from emo_select import figures, ownership, storage
 from emo_select.analysis.page import write_page
 from emo_select.checkpoint import open_checkpoint, resolve
 from emo_select.cli.app import app
 from emo_select.errors import EmoSelectError, OwnershipError
 from emo_select.experts.methods import select_random
 from emo_select.ownership import FILES, MARKER, made_as, require_replaceable
+from emo_select.storage import publish, remove_directory, staged_directory, write_output
 from emo_select.tables import Table, write_tables
-from emo_select.tree import publish, remove_directory, staged_directory, write_output
 
 CALIBRATION = ["--task", "demo_harbor", "--num-examples", "2", "--device", "cpu"]
 
@@ -106,7 +106,7 @@ def test_what_was_made_as_something_else_is_kept_where_nobody_asked_to_replace_i
 
 def test_hard_links_to_a_marker_are_not_written_through(tmp_path):
     first = made(tmp_path / "first", ownership.PRUNED)
-    tree.link_tree(first, tmp_path / ".second.partial")
+    storage.link_tree(first, tmp_path / ".second.partial")
     publish(tmp_path / ".second.partial", tmp_path / "second", ownership.FINETUNED)
     assert [ownership.made_as(tmp_path / name) for name in ("first", "second")] == ["pruned model", "finetuned model"]
 

@@ -9,10 +9,10 @@ from emo_select import textfile
 from emo_select.errors import SpecError, TaskError, TextError
 from emo_select.experts.calibration import read_texts
 from emo_select.finetune.examples import encode_file
+from emo_select.storage import read_json, write_json
 from emo_select.sweeps.spec import read_sweep
 from emo_select.tasks.sources import read_rows
 from emo_select.tasks.userfile import read_definition, render, texts
-from emo_select.tree import read_json, write_json
 
 SEPARATORS = "a\u2028b\u2029c\x85d\x0ce\x1ff\x0bg"  # ends of lines to str.splitlines, but not to a file
 

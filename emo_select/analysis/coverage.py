@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from emo_select.analysis.layout import Document, LayerInfo, RoutingInfo, read_array, read_as, write_array
 from emo_select.errors import SpecError
 from emo_select.spec import digest
+from emo_select.storage import write_bytes, write_json
 from emo_select.textfile import read_lines
-from emo_select.tree import write_bytes, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,7 +24,7 @@ from emo_select.analysis.pca import VARIANCE, Pca, fit_pca
 from emo_select.analysis.quality import adjusted_rand, published_quality, survival
 from emo_select.errors import SpecError, UnknownNameError
 from emo_select.spec import digest
-from emo_select.tree import require_space, staged_directory, write_json
+from emo_select.storage import require_space, staged_directory, write_json
 
 PREPROCESS = ("identity", "l2", "mean_pca", "mean_pca_l2")
 METHODS = ("spherical_kmeans", "kmeans", "hierarchical", "gmm")

@@ -44,8 +44,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from emo_select.errors import CheckpointError, SpecError
 from emo_select.spec import Frozen
+from emo_select.storage import read_json, write_bytes, write_json
 from emo_select.textfile import read_yaml
-from emo_select.tree import read_json, write_bytes, write_json
 
 DEFAULT_ROOT = "cluster_eval_final"
 ROOT_VARIABLE = "CLUSTER_ROOT"

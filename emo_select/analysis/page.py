@@ -28,7 +28,7 @@ from emo_select.experts.inspect import find_selections
 from emo_select.experts.keepset import KeepSet
 from emo_select.ownership import require_own_files
 from emo_select.progress import track
-from emo_select.tree import write_output
+from emo_select.storage import write_output
 
 ASSETS = Path(__file__).with_name("assets")
 LEVEL = 6  # of gzip; more takes long and gains little

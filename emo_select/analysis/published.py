@@ -28,7 +28,7 @@ from emo_select.analysis.layout import FitFolder, LayerInfo, ModelFolder, write_
 from emo_select.analysis.words import tokenizer_of
 from emo_select.errors import SpecError
 from emo_select.spec import digest
-from emo_select.tree import require_space, staged_directory, write_bytes, write_json
+from emo_select.storage import require_space, staged_directory, write_bytes, write_json
 
 BLOCK_ROWS = 8192
 REPRESENTATIVES, TOP_EXPERTS = 5, 10

@@ -32,7 +32,7 @@ from emo_select.experts.states import HiddenStates
 from emo_select.experts.stream import AttentionHalf, Embedded, Shell
 from emo_select.models.families import family_of, top_k
 from emo_select.spec import digest
-from emo_select.tree import require_space, write_bytes, write_json
+from emo_select.storage import require_space, write_bytes, write_json
 
 
 def layer_infos(config: dict[str, Any]) -> tuple[LayerInfo, ...]:

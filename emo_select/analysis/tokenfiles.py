@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from emo_select import progress
 from emo_select.analysis.corpus import SEED, Corpus, Sampling, label_key
 from emo_select.errors import SpecError
-from emo_select.tree import read_json
+from emo_select.storage import read_json
 
 TOKEN_BYTES = 4
 PUBLISHED_BUCKET = "s3://ai2-llm"

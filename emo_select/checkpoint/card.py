@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from emo_select.checkpoint.header import read_header
 from emo_select.checkpoint.sources import split_revision
-from emo_select.tree import write_bytes
+from emo_select.storage import write_bytes
 
 if TYPE_CHECKING:
     from emo_select.spec import Training

@@ -21,7 +21,7 @@ from threading import Lock
 
 from emo_select.errors import CheckpointError
 from emo_select.progress import track
-from emo_select.tree import cache_directory, write_bytes
+from emo_select.storage import cache_directory, write_bytes
 
 SMALL = 4 << 20  # bytes; less is read faster than looked up
 PIECE = 8 << 20

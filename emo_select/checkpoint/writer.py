@@ -14,7 +14,7 @@ from emo_select.checkpoint.header import SAFETENSORS_DTYPE, read_header, tensor_
 from emo_select.checkpoint.reader import INDEX, SINGLE
 from emo_select.errors import CheckpointError
 from emo_select.faults import at as located
-from emo_select.tree import write_json
+from emo_select.storage import write_json
 
 if TYPE_CHECKING:
     import torch

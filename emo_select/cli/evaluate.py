@@ -154,7 +154,7 @@ def _print_scores(name: str, folder: Path, task: Task) -> None:
 def _as_data(folder: Path, task: Task) -> dict[str, Any]:
     """The headline with error and count, and all metrics."""
     from emo_select.evaluate.results import metrics_path, read_scores
-    from emo_select.tree import read_json
+    from emo_select.storage import read_json
 
     content, score = read_json(metrics_path(folder, task)), read_scores(folder, task)[0]
     return {"metric": score.metric, "value": score.value, "standard_error": score.error, "documents": score.documents,
@@ -222,8 +222,8 @@ def _sweep(models: Sequence[str], tasks: Sequence[Task], keep_ks: Sequence[str],
 def _samples(given: list[str] | None, data_dir: str | None) -> Mapping[str, Sequence[int]] | None:
     """Document numbers by run name, from TASK=0,3,5 or from a JSON file."""
     from emo_select.errors import SpecError
+    from emo_select.storage import read_json
     from emo_select.tasks import get_tasks
-    from emo_select.tree import read_json
 
     chosen: dict[str, list[int]] = {}
     for text in given or []:

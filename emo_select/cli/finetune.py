@@ -105,7 +105,7 @@ def _finetune_run(directory: Path, execution: Execution, named: bool, *, force: 
     from emo_select.errors import SpecError
     from emo_select.finetune import TrainReport
     from emo_select.pipeline import execute, plan, reopen
-    from emo_select.tree import read_json
+    from emo_select.storage import read_json
 
     if named:
         raise SpecError("A run directory has its own model and task; leave out --model, --task and --train-file, "
@@ -152,7 +152,7 @@ def merge_back(
     from emo_select.errors import SpecError
     from emo_select.finetune.merge import MergeOptions
     from emo_select.finetune.merge import merge_back as merge
-    from emo_select.tree import is_unfinished
+    from emo_select.storage import is_unfinished
 
     if out.exists() and not (force or is_unfinished(out)):
         raise SpecError(f"{out} is already there; pass --force to replace it, or choose another with --out.")

@@ -50,7 +50,7 @@ def prune(
     from emo_select.errors import SpecError
     from emo_select.experts.keepset import KeepSet
     from emo_select.experts.prune import prune_checkpoint
-    from emo_select.tree import is_unfinished
+    from emo_select.storage import is_unfinished
 
     path = selection / "selection.json" if selection.is_dir() else selection
     keep_set = KeepSet.load(path)

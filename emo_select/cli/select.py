@@ -373,7 +373,7 @@ def _standalone(models: list[str], keep_ks: list[str], schedules: list[str], met
 
 
 def _store(keep_set: KeepSet, path: Path) -> Path:
-    from emo_select.tree import write_output
+    from emo_select.storage import write_output
 
     if _process()[0] == 0:
         write_output(path, keep_set.as_bytes())
@@ -466,6 +466,6 @@ def _number(value: float | None) -> str:
 
 
 def _activations_data(folder: Path) -> dict[str, Any]:
-    from emo_select.tree import read_json
+    from emo_select.storage import read_json
 
     return {"directory": str(folder), **read_json(folder / "scores.json")}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from emo_select.checkpoint.header import SAFETENSORS_DTYPE, tensor_bytes
 from emo_select.convert.dcp import METADATA_FILE
 from emo_select.convert.layout import Group
-from emo_select.tree import write_bytes, write_json
+from emo_select.storage import write_bytes, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,7 +19,7 @@ from emo_select.convert.released import STOP_TOKENS, check_convertible, generati
 from emo_select.convert.tokenizers import find_tokenizer, tokenizer_output, write_files
 from emo_select.errors import CheckpointError, NumericError, SpecError
 from emo_select.progress import say, track
-from emo_select.tree import output_directory, read_json
+from emo_select.storage import output_directory, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,8 +22,8 @@ from emo_select.convert.released import PUBLISHED_BALANCE, read_released
 from emo_select.convert.tokenizers import copy_tokenizer
 from emo_select.errors import CheckpointError, ModelError, NumericError, SpecError
 from emo_select.progress import track
+from emo_select.storage import output_directory, write_json
 from emo_select.textfile import read_json_object
-from emo_select.tree import output_directory, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from emo_select import tree
+from emo_select import storage
 from emo_select.demo import domains
 
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -36,8 +36,8 @@ def build_tokenizer() -> Any:
 
 def save_tokenizer(folder: Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` as AutoTokenizer reads them."""
-    tree.write_bytes(folder / "tokenizer.json", (build_tokenizer().to_str(pretty=True) + "\n").encode())
-    tree.write_json(folder / "tokenizer_config.json", {
+    storage.write_bytes(folder / "tokenizer.json", (build_tokenizer().to_str(pretty=True) + "\n").encode())
+    storage.write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END,
         "pad_token": PAD,

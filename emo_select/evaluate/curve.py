@@ -23,8 +23,8 @@ from emo_select.evaluate.run import Evaluator, load_engine
 from emo_select.faults import translated
 from emo_select.ownership import require_own_files
 from emo_select.spec import METHODS, Calibration, digest
+from emo_select.storage import json_bytes, write_output
 from emo_select.tasks.base import Task
-from emo_select.tree import json_bytes, write_output
 
 if TYPE_CHECKING:
     from emo_select.evaluate.engine import SharedPrefixLM

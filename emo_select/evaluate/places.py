@@ -16,8 +16,8 @@ from emo_select.evaluate.results import metrics_path
 from emo_select.names import absolute
 from emo_select.progress import say
 from emo_select.spec import digest, model_directory
+from emo_select.storage import read_json
 from emo_select.tasks.base import Task
-from emo_select.tree import read_json
 
 USUAL = EvalOptions()
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from emo_select.errors import CheckpointError
+from emo_select.storage import read_json, write_bytes, write_json
 from emo_select.tasks.base import Doc, Task
 from emo_select.tasks.headline import Score, scores_of
-from emo_select.tree import read_json, write_bytes, write_json
 
 MMLU_NAMES = "mmlu_merged_"  # how the run names of subjects begin
 PER_SUBJECT = "per_subject"

@@ -127,10 +127,11 @@ class Evaluator:
             from lm_eval.evaluator import evaluate
 
             from emo_select.evaluate import engine  # noqa: F401
+            from emo_select.tasks.harness import HarnessTask
 
         options = self.options
         chosen = sorted(set(options.samples.get(task.name, ()))) if options.samples else []
-        harness = task.lm_eval_task(options.num_shots, options.limit)
+        harness = HarnessTask(task, options.num_shots, options.limit)
         _require_documents(task, chosen, len(harness.eval_docs))
         with _without_lm_eval_bars():
             evaluate(self.engine, {task.name: harness}, samples={task.name: chosen} if chosen else None,

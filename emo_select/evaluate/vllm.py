@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from emo_select import progress
 from emo_select.errors import ModelError, UsageError
-from emo_select.tree import read_json
+from emo_select.storage import read_json
 
 if TYPE_CHECKING:
     from emo_select.evaluate.options import EvalOptions

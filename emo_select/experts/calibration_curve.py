@@ -23,7 +23,7 @@ from emo_select.experts.inspect import jaccard
 from emo_select.experts.keepset import KeepSet
 from emo_select.ownership import require_own_files
 from emo_select.spec import Calibration
-from emo_select.tree import json_bytes, read_json, write_json, write_output
+from emo_select.storage import json_bytes, read_json, write_json, write_output
 
 if TYPE_CHECKING:
     from emo_select.checkpoint import Checkpoint

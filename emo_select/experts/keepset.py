@@ -24,7 +24,7 @@ from emo_select.models.families import (
     top_k,
 )
 from emo_select.spec import Frozen
-from emo_select.tree import json_bytes, read_json, write_bytes
+from emo_select.storage import json_bytes, read_json, write_bytes
 
 PUBLISHED_METHODS = {"layerwise": "greedy_layerwise", "variable": "greedy_layerwise_variable"}
 

@@ -12,7 +12,7 @@ from emo_select.experts.calibration_curve import Curve, all_sizes
 from emo_select.experts.inspect import layer_views, overlaps
 from emo_select.experts.keepset import KeepSet
 from emo_select.figures import STYLE, matplotlib, new_figure, plain, save
-from emo_select.tree import write_output
+from emo_select.storage import write_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ from emo_select.checkpoint import Checkpoint
 from emo_select.errors import CheckpointError
 from emo_select.experts.keepset import KeepSet, expert_mask, pruning_metadata
 from emo_select.models.families import experts_per_layer
-from emo_select.tree import read_json
+from emo_select.storage import read_json
 
 METADATA, EXPERTS, MASK = "pruning_metadata.json", "experts.json", "expert_mask.json"
 Kept = list[list[int] | None]

@@ -43,7 +43,7 @@ from emo_select.models.families import (
 from emo_select.models.preflight import check_weights
 from emo_select.ownership import PRUNED, require_replaceable
 from emo_select.progress import say, say_once, track
-from emo_select.tree import link_or_copy, require_space, staged_directory, write_bytes
+from emo_select.storage import link_or_copy, require_space, staged_directory, write_bytes
 
 WORKERS = min(4, os.cpu_count() or 1)  # more gain nothing on one disk
 PART_BYTES = 4_000_000

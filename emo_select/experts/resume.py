@@ -14,7 +14,7 @@ from torch import Tensor
 from emo_select.experts.states import HiddenStates
 from emo_select.experts.team import Team
 from emo_select.ownership import STATISTICS
-from emo_select.tree import discard, partial_directory, read_json, staged_directory, write_bytes, write_json
+from emo_select.storage import discard, partial_directory, read_json, staged_directory, write_bytes, write_json
 
 SHARE, GRACE_S = 0.1, 2.0  # snapshots may take this share of the time, and this much in any case
 

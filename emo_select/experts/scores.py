@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emo_select.errors import CheckpointError, NumericError, SpecError, UnknownNameError
 from emo_select.record import STATISTICS
-from emo_select.tree import read_json, write_bytes, write_json
+from emo_select.storage import read_json, write_bytes, write_json
 
 TENSORS, RECORD = "scores.safetensors", "scores.json"
 

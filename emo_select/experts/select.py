@@ -22,7 +22,7 @@ from emo_select.faults import translated
 from emo_select.models.families import experts_per_layer
 from emo_select.progress import say_once
 from emo_select.spec import METHODS, Calibration, Frozen, keep_ks_in, listed, parse_keep_k
-from emo_select.tree import discard
+from emo_select.storage import discard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emo_select.experts.batches import Batch
 from emo_select.faults import at as located
-from emo_select.tree import require_space
+from emo_select.storage import require_space
 
 COPY_BYTES = 64 << 20
 

@@ -12,7 +12,7 @@ import numpy as np
 from emo_select.errors import CheckpointError
 from emo_select.finetune.examples import TokenSet
 from emo_select.spec import Execution, Training, digest
-from emo_select.tree import read_json, write_bytes, write_json
+from emo_select.storage import read_json, write_bytes, write_json
 
 FOLDER = ".training"  # within the output directory; removed when the training is complete
 JOB = "job.json"

@@ -22,7 +22,8 @@ from emo_select.finetune.freezing import memory_kind, routed_per_layer
 from emo_select.models.families import Family, Role, experts_per_layer, family_of
 from emo_select.progress import say, track
 from emo_select.spec import digest
-from emo_select.tree import RunPaths, read_json, require_space, staged_directory, write_json
+from emo_select.storage import read_json, require_space, staged_directory, write_json
+from emo_select.tree import RunPaths
 
 if TYPE_CHECKING:
     import torch

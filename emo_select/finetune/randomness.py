@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from emo_select.errors import CheckpointError
-from emo_select.tree import write_bytes
+from emo_select.storage import write_bytes
 
 
 def random_file(folder: Path, process: int) -> Path:

@@ -22,12 +22,11 @@ from emo_select.finetune.worker import HISTORY, launch, train
 from emo_select.models.preflight import check_weights
 from emo_select.ownership import FINETUNED, require_replaceable
 from emo_select.progress import say
-from emo_select.tree import (
+from emo_select.storage import (
     discard,
     drop_unfinished,
     leftovers,
     link_or_copy,
-    numbered_checkpoints,
     partial_directory,
     publish,
     read_json,
@@ -35,6 +34,7 @@ from emo_select.tree import (
     require_space,
     write_json,
 )
+from emo_select.tree import numbered_checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

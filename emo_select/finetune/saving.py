@@ -22,7 +22,7 @@ from emo_select.finetune.recipe import checkpoint_steps
 from emo_select.models.adapters import merge_adapter
 from emo_select.ownership import FINETUNED
 from emo_select.progress import Bar, say_once
-from emo_select.tree import discard, partial_directory, publish
+from emo_select.storage import discard, partial_directory, publish
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emo_select.errors import CheckpointError
-from emo_select.tree import read_json, write_json
+from emo_select.storage import read_json, write_json
 
 if TYPE_CHECKING:
     import torch

@@ -24,7 +24,7 @@ from emo_select.finetune.routing import RoutingMeter
 from emo_select.finetune.saving import Keeper
 from emo_select.finetune.state import load_optimizer, load_weights, save_state
 from emo_select.progress import say
-from emo_select.tree import read_json, write_json
+from emo_select.storage import read_json, write_json
 
 SCHEDULE, ROUTING = "schedule.json", "routing.json"
 SCHEDULE_KEYS = ("last_epoch", "_step_count", "_last_lr")  # the rest are functions, which a new scheduler has

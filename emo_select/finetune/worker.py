@@ -24,7 +24,8 @@ from emo_select.errors import EmoSelectError
 from emo_select.finetune.job import Job
 from emo_select.models.families import family_of, is_moe
 from emo_select.progress import Bar, configure, track
-from emo_select.tree import discard, numbered_checkpoints, partial_directory, publish, read_json, write_json
+from emo_select.storage import discard, partial_directory, publish, read_json, write_json
+from emo_select.tree import numbered_checkpoints
 
 if TYPE_CHECKING:
     from types import FrameType

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from emo_select.errors import CheckpointError
 from emo_select.spec import digest
-from emo_select.tree import read_json
+from emo_select.storage import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

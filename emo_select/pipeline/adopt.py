@@ -16,7 +16,8 @@ from emo_select.pipeline.plan import downstream, evaluated_steps
 from emo_select.pipeline.runs import Run, checkpoint_fingerprint
 from emo_select.record import State
 from emo_select.spec import Calibration, Evaluation, RunSpec
-from emo_select.tree import RunPaths, discard, exclusive, link_or_copy, link_tree, partial_directory, publish
+from emo_select.storage import discard, exclusive, link_or_copy, link_tree, partial_directory, publish
+from emo_select.tree import RunPaths
 
 SHAREABLE = ("select", "prune", "finetune")
 _WHAT = {"prune": PRUNED, "finetune": FINETUNED}

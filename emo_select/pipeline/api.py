@@ -15,7 +15,8 @@ from emo_select.pipeline.runs import STAGES, Run
 from emo_select.pipeline.stages import execute
 from emo_select.record import RunRecord
 from emo_select.spec import Execution, Frozen, RunSpec
-from emo_select.tree import Tree, read_json
+from emo_select.storage import read_json
+from emo_select.tree import Tree
 
 
 class Score(Frozen):

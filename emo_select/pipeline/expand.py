@@ -14,8 +14,9 @@ from emo_select.ownership import require_own_run
 from emo_select.pipeline.adopt import twin_key
 from emo_select.pipeline.runs import Run
 from emo_select.spec import Execution, RunSpec, Training, checked, parse_keep_k, with_whole_paths
+from emo_select.storage import require_space
 from emo_select.tasks import lengths
-from emo_select.tree import Tree, require_space
+from emo_select.tree import Tree
 
 if TYPE_CHECKING:
     from emo_select.checkpoint import Checkpoint

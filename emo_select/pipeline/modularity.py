@@ -14,7 +14,8 @@ from emo_select.pipeline.stages import execute
 from emo_select.pretrain.engine.starting import saved_steps
 from emo_select.progress import say
 from emo_select.spec import Execution
-from emo_select.tree import Tree, read_json, write_json
+from emo_select.storage import read_json, write_json
+from emo_select.tree import Tree
 
 STAGES = ("activations", "select", "prune", "eval")
 REPORT = "modularity.json"

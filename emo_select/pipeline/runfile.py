@@ -20,8 +20,8 @@ from pydantic import field_validator
 
 from emo_select.errors import SpecError
 from emo_select.spec import Calibration, Evaluation, Execution, Frozen, Training, checked, keep_ks_in, listed
+from emo_select.storage import write_bytes
 from emo_select.textfile import read_yaml_mapping
-from emo_select.tree import write_bytes
 
 if TYPE_CHECKING:
     from emo_select.pipeline.runs import Run

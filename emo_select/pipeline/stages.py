@@ -20,7 +20,7 @@ from emo_select.pipeline.plan import Action, Step, downstream, evaluated_steps, 
 from emo_select.pipeline.runs import Run, checkpoint_fingerprint
 from emo_select.record import Measurement, RunRecord
 from emo_select.spec import Evaluation, Training
-from emo_select.tree import discard, drop_unfinished, exclusive, leftovers
+from emo_select.storage import discard, drop_unfinished, exclusive, leftovers
 
 if TYPE_CHECKING:
     from emo_select.evaluate import EvalOptions

@@ -11,7 +11,7 @@ from typing import Any
 from emo_select.errors import SpecError
 from emo_select.pretrain.texts import Source, documents
 from emo_select.progress import say, track
-from emo_select.tree import output_directory, read_json, write_bytes, write_json
+from emo_select.storage import output_directory, read_json, write_bytes, write_json
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 BYTES = 256

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from emo_select import tree
+from emo_select import storage
 
 SHOWN = ("loss", "balance", "router_z", "entropy", "peak_load", "gradient_norm")
 
@@ -87,5 +87,5 @@ def _save(figure: Any, path: Path) -> Path:
 
     picture = BytesIO()
     figure.savefig(picture, format="png", dpi=120)
-    tree.write_bytes(path, picture.getvalue())
+    storage.write_bytes(path, picture.getvalue())
     return path

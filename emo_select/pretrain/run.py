@@ -23,7 +23,7 @@ from emo_select.demo import demo_path
 from emo_select.errors import EmoSelectError, SpecError
 from emo_select.pretrain.recipe import Recipe, Tokenizer
 from emo_select.pretrain.tokens import TokenData, read_mix
-from emo_select.tree import read_json, staged_directory, write_json
+from emo_select.storage import read_json, staged_directory, write_json
 
 RECORD, SETTINGS, ERROR = "pretraining.json", ".job/settings.json", ".job/error.json"
 RUN = "pretraining run"

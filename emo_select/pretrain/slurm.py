@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from emo_select import tree
+from emo_select import storage
 from emo_select.errors import EmoSelectError, SpecError
 from emo_select.sweeps.profile import Profile
 
@@ -21,7 +21,7 @@ def submit(out: Path, processes: int, profile: Profile) -> str:
     if shutil.which("sbatch") is None:
         raise SpecError("There is no Slurm here (`sbatch` is missing); leave --profile out.")
     path = out / SCRIPT
-    tree.write_bytes(path, script(out, processes, profile).encode())
+    storage.write_bytes(path, script(out, processes, profile).encode())
     done = subprocess.run(["sbatch", "--parsable", str(path)], check=False, capture_output=True, text=True)
     if done.returncode:
         raise EmoSelectError(f"Slurm did not take the run: {done.stderr.strip().splitlines()[-1]}")

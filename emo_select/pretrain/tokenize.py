@@ -23,7 +23,7 @@ from emo_select.errors import EmoSelectError, SpecError, TokenDataError
 from emo_select.pretrain.texts import Source, documents, grouped
 from emo_select.pretrain.tokens import BYTES, MANIFEST, TOKENIZER, dtype_for, vocabulary_of
 from emo_select.progress import Bar, say, track
-from emo_select.tree import output_directory, read_json, write_json
+from emo_select.storage import output_directory, read_json, write_json
 
 FORMAT, MIX = 1, "mix.txt"
 BATCH_CHARACTERS = 4_000_000  # of text in memory, per process

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from emo_select.errors import EmoSelectError
 from emo_select.names import MODEL_NOTE, TASKS, claim
+from emo_select.storage import exclusive, require_space, stop_holder
 from emo_select.sweeps import estimate, local, slurm, store
 from emo_select.sweeps.bench import Bench, pending
 from emo_select.sweeps.graph import Unit, build
@@ -16,7 +17,7 @@ from emo_select.sweeps.spec import SweepRun, expand_sweep
 from emo_select.sweeps.states import HANDED_IN, Standing, State, Watch
 from emo_select.sweeps.store import Job, Submission
 from emo_select.sweeps.work import halved
-from emo_select.tree import SweepPaths, Tree, exclusive, require_space, stop_holder
+from emo_select.tree import SweepPaths, Tree
 
 OUT_OF_HOST_MEMORY = "OUT_OF_MEMORY"  # Slurm's word for it
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from emo_select.errors import StandstillError
 from emo_select.spec import digest
+from emo_select.storage import partial_directory
 from emo_select.sweeps.store import Attempt, Job
-from emo_select.tree import Tree, partial_directory
+from emo_select.tree import Tree
 
 IDLE_ATTEMPTS = 3
 """As many in a row may come to nothing: the first may have been unlucky with a slow node, or with a preemption."""

@@ -10,11 +10,12 @@ from statistics import mean
 
 from emo_select.errors import EmoSelectError
 from emo_select.progress import say_once
+from emo_select.storage import is_held
 from emo_select.sweeps import slurm, store
 from emo_select.sweeps.bench import Bench, pending
 from emo_select.sweeps.graph import Unit
 from emo_select.sweeps.store import Array, Attempt
-from emo_select.tree import SweepPaths, is_held
+from emo_select.tree import SweepPaths
 
 FAILURES = 2  # after so many, a unit is set aside
 USUAL_REASONS = ("None", "Priority", "Resources", "BeginTime", "JobArrayTaskLimit")  # it starts by itself

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from emo_select.errors import SpecError
 from emo_select.spec import Frozen, checked
+from emo_select.storage import is_held, read_json, write_json
 from emo_select.sweeps.graph import Unit
 from emo_select.sweeps.profile import Profile
 from emo_select.sweeps.spec import SweepSpec
-from emo_select.tree import SweepPaths, Tree, is_held, read_json, write_json
+from emo_select.tree import SweepPaths, Tree
 
 Keep = Literal["none", "last", "all"]
 Outcome = Literal["running", "done", "failed", "locked", "interrupted", "stuck", "killed"]

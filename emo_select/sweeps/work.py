@@ -20,13 +20,14 @@ from emo_select.pipeline.plan import Action, Step, plan
 from emo_select.pipeline.runs import Run
 from emo_select.pipeline.stages import execute, follow, select_together
 from emo_select.record import StageRecord
+from emo_select.storage import exclusive, remove_directory
 from emo_select.sweeps import store
 from emo_select.sweeps.bench import Bench
 from emo_select.sweeps.graph import Unit
 from emo_select.sweeps.spec import SweepRun
 from emo_select.sweeps.standstill import mark_of, require_progress
 from emo_select.sweeps.store import Attempt, Job, Keep, Outcome
-from emo_select.tree import SweepPaths, Tree, exclusive, remove_directory
+from emo_select.tree import SweepPaths, Tree
 
 LOG_VARIABLE = "EMO_SELECT_UNIT_LOG"  # set by the local executor
 USUAL_MICRO_BATCH = 8  # what finetuning takes at most unless told otherwise

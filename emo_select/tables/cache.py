@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from pydantic_core import from_json, to_json
 
-from emo_select.tree import cache_directory, write_bytes
+from emo_select.storage import cache_directory, write_bytes
 
 FORMAT = 5  # raise when the parsed content changes its shape
 

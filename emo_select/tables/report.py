@@ -21,12 +21,12 @@ from typing import Any
 
 from emo_select import __version__
 from emo_select.progress import track
+from emo_select.storage import write_output
 from emo_select.tables.details import Details
 from emo_select.tables.layout import Layout
 from emo_select.tables.pool import Estimate, estimate, results_of
 from emo_select.tables.read import Problem, Records, Run
 from emo_select.tables.summary import SummaryRow, experts_of, is_full, summarise
-from emo_select.tree import write_output
 
 ASSETS = Path(__file__).with_name("assets")
 SUMMARY = ("model", "keep", "full", "method", "note", "group", "metric", "found", "tasks", "seeds", "documents",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emo_select.ownership import require_own_files
-from emo_select.tree import write_output
+from emo_select.storage import write_output
 
 Cell = str | int | float | None
 SUFFIXES = {"csv": "csv", "tsv": "tsv", "markdown": "md", "latex": "tex", "text": "txt", "json": "json"}

@@ -1,7 +1,7 @@
 """What a task is: documents per split, a prompt, an answer, requests and metrics, all from one definition.
 
 Calibration texts, finetuning examples and evaluation requests are made by the same few methods, so they cannot
-disagree. Nothing here imports torch or lm_eval; `Task.lm_eval_task` does when it is called.
+disagree. Nothing here imports torch or lm_eval; `harness.py` does.
 """
 
 from __future__ import annotations
@@ -13,14 +13,11 @@ from dataclasses import dataclass, field
 from datetime import date, time
 from decimal import Decimal
 from math import isfinite
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from emo_select.errors import TaskError, UnknownNameError
 from emo_select.progress import say_once
 from emo_select.tasks.headline import HEADLINES
-
-if TYPE_CHECKING:
-    from lm_eval.api.task import Task as LmEvalTask
 
 Row = Mapping[str, Any]  # one row of a data set, as stored
 Doc = Mapping[str, Any]  # one document: what a row means to the task; JSON values only
@@ -353,12 +350,6 @@ class Task(ABC):
         names = [name for name in averaged if metrics and name in metrics[0]] + ["primary_score"]
         column = {"primary_score": self.primary_metric}
         return {name: standard_error([doc[column.get(name, name)] for doc in metrics]) for name in names}
-
-    def lm_eval_task(self, num_shots: int | None = None, limit: int | None = None) -> LmEvalTask:
-        """This task's test split as a task of lm-eval."""
-        from emo_select.tasks.harness import HarnessTask
-
-        return HarnessTask(self, num_shots, limit)
 
 
 def _reason(error: Exception) -> str:

@@ -14,11 +14,11 @@ from pathlib import Path
 from emo_select.checkpoint.sources import HUB_FILES, MODELS, split_revision
 from emo_select.errors import DataMissingError, UsageError
 from emo_select.progress import track
+from emo_select.storage import discard, require_space
 from emo_select.tasks.base import Task
 from emo_select.tasks.hub import HubFile, HubUnreachable, hub_clauses, list_files
 from emo_select.tasks.registry import get_tasks
 from emo_select.tasks.sources import HubRows
-from emo_select.tree import discard, require_space
 
 PARTIAL = ".partial"  # where downloads grow before they are moved
 

@@ -24,7 +24,7 @@ from emo_select.analysis.layout import (
     write_list,
     write_names,
 )
-from emo_select.tree import write_bytes, write_json
+from emo_select.storage import write_bytes, write_json
 
 LAYERS, EXPERTS = 2, 8
 

@@ -17,7 +17,7 @@ from emo_select.analysis.naming import name_clusters
 from emo_select.analysis.words import Pieces, TokenWords, token_words
 from emo_select.errors import CheckpointError, SpecError
 from emo_select.models import load_tokenizer
-from emo_select.tree import write_json
+from emo_select.storage import write_json
 
 Build = Callable[..., ModelFolder]
 

@@ -16,8 +16,8 @@ from emo_select.demo import DEMO_MODELS, DEMO_TASKS, demo_config, demo_path, dem
 from emo_select.demo.tokenizer import build_tokenizer, save_tokenizer
 from emo_select.errors import UnknownNameError
 from emo_select.pretrain import read_config
+from emo_select.storage import read_json
 from emo_select.tasks import get_tasks
-from emo_select.tree import read_json
 
 # ---- facts
 

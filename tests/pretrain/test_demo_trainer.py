@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from emo_select import tree
+from emo_select import storage
 from emo_select.demo import DEMO_MODELS, demo_config
 from emo_select.demo.domains import ANSWERS, DOMAINS, answer
 from emo_select.demo.tokenizer import build_tokenizer
@@ -68,7 +68,7 @@ def test_the_checkpoint_loads_strictly_with_its_tokenizer(undisturbed):
 
 
 def test_the_record_has_config_curve_and_no_state_is_left(undisturbed):
-    record = tree.read_json(undisturbed / "pretraining.json")
+    record = storage.read_json(undisturbed / "pretraining.json")
     assert PretrainConfig.model_validate(record["config"]) == tiny()
     assert record["steps"] == 6
     assert sorted(path.name for path in undisturbed.parent.iterdir() if ".lock" not in path.name) == ["model"]
@@ -122,7 +122,7 @@ def test_kill_minus_nine_costs_only_the_steps_since_the_last_state(undisturbed, 
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert not (tmp_path / "model").exists()
     trainer = Trainer(tiny())
-    trainer.restore(tree.partial_directory(tmp_path / "model") / "state.safetensors")
+    trainer.restore(storage.partial_directory(tmp_path / "model") / "state.safetensors")
     assert trainer.step == 4
     pretrain(tiny(), tmp_path / "model")
     assert (tmp_path / "model/model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
@@ -140,7 +140,7 @@ def test_another_configuration_starts_anew(undisturbed, tmp_path, monkeypatch):
 
 def test_a_finished_run_is_not_repeated(undisturbed, monkeypatch):
     monkeypatch.setattr(Trainer, "advance", lambda self: 1 / 0)
-    assert pretrain(tiny(), undisturbed) == tree.read_json(undisturbed / "pretraining.json")
+    assert pretrain(tiny(), undisturbed) == storage.read_json(undisturbed / "pretraining.json")
 
 
 def test_a_folder_with_other_content_is_left_alone(undisturbed, tmp_path):

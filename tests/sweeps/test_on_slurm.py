@@ -13,10 +13,10 @@ from sweep_cases import finish, finished_sweep, wait_until
 
 from emo_select import record
 from emo_select.cli.sweep_views import follow
+from emo_select.storage import exclusive
 from emo_select.sweeps import slurm as scheduler
 from emo_select.sweeps import store
 from emo_select.sweeps.states import ALIVE, State
-from emo_select.tree import exclusive
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 QUICK = {"calibration": {"num_examples": 4}, "evaluation": {"limit": 8}}

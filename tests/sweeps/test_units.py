@@ -18,6 +18,7 @@ from emo_select.cli.app import app
 from emo_select.errors import DiskSpaceError, EmoSelectError, NumericError, SpecError, StandstillError
 from emo_select.pipeline.plan import Action, plan
 from emo_select.spec import RunSpec
+from emo_select.storage import exclusive
 from emo_select.sweeps import control as controls
 from emo_select.sweeps import estimate, local, store
 from emo_select.sweeps.control import Control, find
@@ -28,7 +29,7 @@ from emo_select.sweeps.standstill import mark_of
 from emo_select.sweeps.states import State
 from emo_select.sweeps.store import Attempt, Job
 from emo_select.sweeps.work import drop_weights, halved, perform, ran_out_of_memory
-from emo_select.tree import Tree, exclusive
+from emo_select.tree import Tree
 
 SHORT = {"calibration": {"num_examples": 2}, "evaluation": {"limit": 4}}
 DEMO = Path(__file__).parents[2] / "sweeps" / "demo.yaml"

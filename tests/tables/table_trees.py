@@ -11,7 +11,8 @@ from typing import Any
 from emo_select.experts.keepset import KeepSet
 from emo_select.record import RunRecord, StageRecord
 from emo_select.spec import RunSpec
-from emo_select.tree import RunPaths, Tree, write_json
+from emo_select.storage import write_json
+from emo_select.tree import RunPaths, Tree
 
 EXPERTS, LAYERS = 16, 4
 

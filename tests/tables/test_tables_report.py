@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from table_trees import add_run, demo_tree
 
+from emo_select.storage import write_json
 from emo_select.tables import load_layout, load_tree
 from emo_select.tables.details import thinned
 from emo_select.tables.report import page, report_data, write_report
 from emo_select.tables.selection import as_bits
-from emo_select.tree import write_json
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">'\"&amp;</script><script>document.title='owned'</script>"
 TASK = HOSTILE.replace("/", "").replace(" ", "_")

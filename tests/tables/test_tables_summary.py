@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from emo_select.cli import table as commands
 from emo_select.errors import SpecError, UnknownNameError, UsageError
 from emo_select.spec import RunSpec
+from emo_select.storage import write_json
 from emo_select.tables import Filters, Records, Table, load_layout, load_tree, make, render
 from emo_select.tables.pool import Estimate, over_seeds, over_tasks
 from emo_select.tables.summary import summarise
 from emo_select.tables.words import other_settings
-from emo_select.tree import write_json
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.evaluator import evaluate  # noqa: E402
 
+from emo_select.tasks.harness import HarnessTask  # noqa: E402
+
 ROWS = {
     split: [{"id": f"{split}{number}", "q": f"{number}+1", "options": ["0", str(number + 1)]} for number in range(4)]
     for split in ("train", "validation", "test")
@@ -56,7 +58,7 @@ def make(kind: str) -> Task:
 def test_evaluate_runs_our_requests_and_metrics(kind: str, expected: float) -> None:
     task = make(kind)
     model = Formula()
-    harness = task.lm_eval_task(num_shots=2, limit=3)
+    harness = HarnessTask(task, num_shots=2, limit=3)
     result = evaluate(model, {task.name: harness}, bootstrap_iters=0)
     samples = result["samples"][task.name]
     assert [sample["doc"]["native_id"] for sample in samples] == ["test0", "test1", "test2"]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from emo_select import tree
+from emo_select import storage
 from emo_select.demo.tokenizer import END, MAX_LENGTH, PAD, build_tokenizer, save_tokenizer
 from emo_select.errors import NumericError, SpecError
 from emo_select.faults import translated
@@ -135,7 +135,7 @@ def pretrain(config: PretrainConfig, out_dir: Path) -> dict[str, Any]:
     if done := _finished(config, out_dir):
         return done
     lock = out_dir.with_name(f".{out_dir.name}.lock")
-    with tree.exclusive(lock), tree.staged_directory(out_dir, _key(config), PRETRAINED) as folder:
+    with storage.exclusive(lock), storage.staged_directory(out_dir, _key(config), PRETRAINED) as folder:
         trainer = Trainer(config)
         _train(trainer, folder / STATE)
         report = _report(trainer)
@@ -149,7 +149,7 @@ def _finished(config: PretrainConfig, out_dir: Path) -> dict[str, Any] | None:
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return None
     report = out_dir / REPORT
-    if report.is_file() and (told := tree.read_json(report))["config"] == config.model_dump():
+    if report.is_file() and (told := storage.read_json(report))["config"] == config.model_dump():
         say(f"{out_dir} is finished; delete it to train again.")
         return dict(told)
     raise SpecError(f"{out_dir} holds something else; choose another --output-dir.")
@@ -169,7 +169,7 @@ def _train(trainer: Trainer, state: Path) -> None:
             losses = trainer.advance()
             _show(trainer, losses, bar)
             if trainer.step % trainer.config.save_every == 0:
-                tree.write_bytes(state, trainer.state())
+                storage.write_bytes(state, trainer.state())
 
 
 def _show(trainer: Trainer, losses: Losses, bar: Bar) -> None:
@@ -194,4 +194,4 @@ def _report(trainer: Trainer) -> dict[str, Any]:
 def _write_checkpoint(trainer: Trainer, folder: Path, report: Mapping[str, Any]) -> None:
     trainer.model.to(getattr(torch, trainer.config.dtype)).save_pretrained(folder)
     save_tokenizer(folder)
-    tree.write_json(folder / REPORT, report)
+    storage.write_json(folder / REPORT, report)

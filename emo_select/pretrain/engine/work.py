@@ -23,7 +23,7 @@ from emo_select.pretrain.engine.watch import TensorBoard, Watch, broken
 from emo_select.pretrain.run import RunRecord, RunSettings, Started
 from emo_select.pretrain.tokens import TokenData
 from emo_select.progress import configure, say, track
-from emo_select.tree import exclusive, write_json
+from emo_select.storage import exclusive, write_json
 
 
 def main(out: Path) -> None:
