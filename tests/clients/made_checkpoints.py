@@ -19,22 +19,23 @@ SIZES: dict[str, Any] = {  # heads of 32: vLLM has no smaller ones on a CPU
 }
 
 
-def save_emo(folder: Path, **changes: Any) -> Path:
-    """A random EMO with the demo's tokenizer."""
+def save_emo(folder: Path, tokenizer: Path = DEMO, **changes: Any) -> Path:
+    """A random EMO with the tokenizer that lies in `tokenizer`."""
     from emo_select.models import EmoConfig, EmoForCausalLM
 
-    return _save(EmoForCausalLM(EmoConfig(**SIZES | {"num_experts": 32, "num_shared_experts": 1} | changes)), folder)
+    config = EmoConfig(**SIZES | {"num_experts": 32, "num_shared_experts": 1} | changes)
+    return _save(EmoForCausalLM(config), folder, tokenizer)
 
 
-def save_stock(name: str, folder: Path, **changes: Any) -> Path:
-    """A random model of one of transformers' own architectures with the demo's tokenizer."""
+def save_stock(name: str, folder: Path, tokenizer: Path = DEMO, **changes: Any) -> Path:
+    """A random model of one of transformers' own architectures with the tokenizer that lies in `tokenizer`."""
     import transformers
 
     config = getattr(transformers, f"{name}Config")(**SIZES | changes)
-    return _save(getattr(transformers, f"{name}ForCausalLM")(config), folder)
+    return _save(getattr(transformers, f"{name}ForCausalLM")(config), folder, tokenizer)
 
 
-def _save(model: Any, folder: Path) -> Path:
+def _save(model: Any, folder: Path, tokenizer: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -42,7 +43,7 @@ def _save(model: Any, folder: Path) -> Path:
                 parameter.normal_(std=SIZES["initializer_range"], generator=generator)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / name, folder)
+        shutil.copy(tokenizer / name, folder)
     return folder
 
 
