@@ -26,6 +26,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 # What folders are made as.
 PRUNED, FINETUNED, MERGED, STATISTICS = "pruned model", "finetuned model", "merged model", "expert statistics"
+COMPOSED = "composed model"
 RESULTS, TRAINING_STATE, PRETRAINED = "results", "training state", "pretrained model"
 OUTPUT = "output"  # of any other kind
 

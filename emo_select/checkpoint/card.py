@@ -105,11 +105,19 @@ def _kept(folder: Path) -> Iterator[tuple[str, str]]:
     if counts:
         of = f" of {_range(totals)}" if totals else ""
         yield "experts kept per layer", f"{_range(counts)}{of}, of them {shared} shared (`experts.json`: which)"
+    if about.get("composed_from"):
+        yield "composed of", "; ".join(map(_member, about["composed_from"]))
+        return
     yield "chosen by", _safe(str(about.get("pruning_method")))
     if about.get("task"):
         drawn = about.get("num_calibration")
         texts = f"{drawn} texts (seed {about.get('prune_seed', 0)})" if drawn else "all texts"
         yield "for the task", f"{_safe(str(about['task']))}, {texts} of its {_safe(str(about.get('split')))} split"
+
+
+def _member(about: Mapping[str, Any]) -> str:
+    task = f" for {_safe(str(about['task']))}" if about.get("task") else ""
+    return f"`{_safe(str(about.get('model')))}`{task}"
 
 
 def _size(folder: Path) -> Iterator[tuple[str, str]]:

@@ -22,8 +22,8 @@ from emo_select.errors import EmoSelectError
 from emo_select.faults import translated
 
 # Order of the groups in --help; each module has `register(app)`.
-GROUPS = ("run", "select", "prune", "finetune", "evaluate", "table", "sweep", "tasks", "clusters", "coverage",
-          "pretrain", "pretrain_demo", "data", "convert", "info")
+GROUPS = ("run", "select", "prune", "finetune", "compose", "evaluate", "table", "sweep", "tasks", "clusters",
+          "coverage", "pretrain", "pretrain_demo", "data", "convert", "info")
 
 app = typer.Typer(
     name="emo-select",

@@ -298,13 +298,13 @@ def _parts(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
 def _write_tensors(checkpoint: Checkpoint, copies: Sequence[Copy], out: ShardedWriter) -> int:
     for copy in copies:
         if copy.spec.dtype == checkpoint.tensors[copy.source].dtype:
-            out.write_bytes(copy.spec.name, _finite_pieces(checkpoint, copy))
+            out.write_bytes(copy.spec.name, finite_pieces(checkpoint, copy))
         else:
             out.write(copy.spec.name, _cast(checkpoint, copy))
     return sum(copy.spec.bytes for copy in copies)
 
 
-def _finite_pieces(checkpoint: Checkpoint, copy: Copy) -> Iterator[memoryview]:
+def finite_pieces(checkpoint: Checkpoint, copy: Copy) -> Iterator[memoryview]:
     """The tensor's bytes piece by piece in a reused buffer, each piece seen to be finite."""
     dtype = checkpoint.tensors[copy.source].dtype
     for piece in checkpoint.pieces(copy.source, copy.rows):

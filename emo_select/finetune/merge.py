@@ -76,11 +76,11 @@ def merge_back(child: str | Path, into: str, out_dir: Path, options: MergeOption
     """
     if options.average is not None and not 0 <= options.average <= 1:
         raise SpecError(f"The averaging weight {options.average:g} is not between 0 and 1.")
-    source, metadata = _finetuned_checkpoint(Path(child))
+    source, metadata = finetuned_checkpoint(Path(child))
     with open_checkpoint(into) as full, open_checkpoint(source) as tuned:
         companions(full.directory)  # refuses links
         ownership.require_replaceable(out_dir, full.directory, tuned.directory)
-        plan = plan_merge(full, tuned, _kept_in(full, read_json(metadata), into, str(child)), options)
+        plan = plan_merge(full, tuned, kept_in(full, read_json(metadata), into, str(child)), options)
         require_space(out_dir, full.total_bytes, "The merged model")
         record = _record(plan, options, {"into": into, "child": str(source), "metadata": str(metadata)})
         key = digest([full.fingerprint, tuned.fingerprint, record])
@@ -98,7 +98,7 @@ def plan_merge(
 ) -> MergePlan:
     """Decide from headers alone what changes; `kept` lists each layer's kept experts (null: dense, or all kept)."""
     family = family_of(full.config)
-    kept = _checked_kept(full, tuned, kept)
+    kept = checked_kept(full, tuned, kept)
     routed = routed_per_layer(full.config)
     wanted: set[Group] = {"routed"}
     wanted |= {group for group in ("router", "shared", "rest") if getattr(options, group)}
@@ -110,7 +110,7 @@ def plan_merge(
             continue  # a prediction layer, which pruning leaves out
         group, change = _change(family, role, name, kept, routed, wanted)
         if change is not None:
-            _require_fit(full, tuned, name, change)
+            require_fit(full, tuned, name, change)
             changes[name] = change
             counts[group] += 1 if change.rows is None else len(change.rows)
     experts = len({part for fused in family.experts for part in fused.parts})
@@ -119,7 +119,7 @@ def plan_merge(
     return MergePlan(changes, counts)
 
 
-def _kept_in(full: Checkpoint, metadata: Mapping[str, Any], into: str, child: str) -> Sequence[Sequence[int] | None]:
+def kept_in(full: Checkpoint, metadata: Mapping[str, Any], into: str, child: str) -> Sequence[Sequence[int] | None]:
     """The numbers that a pruned model's experts have in `full`, one of the models that it was pruned from.
 
     Raises `ModelError` naming those where `full` is none of them. Metadata without fingerprints is taken at its word.
@@ -133,8 +133,17 @@ def _kept_in(full: Checkpoint, metadata: Mapping[str, Any], into: str, child: st
             say(f"{child} does not say which weights it was pruned from; only shapes can be compared with {into}.")
             return one.get("experts_kept_per_layer") or []
     known = ", which was pruned from ".join(str(one["model"]) for one in reversed(ancestors))
-    raise ModelError(f"{child} was pruned from {known}; {into} has other weights, so give the model that was pruned as "
-                     "--into.")
+    raise ModelError(f"{child} was pruned from {known}; {into} has other weights, so give the model that was pruned.")
+
+
+def group_of(family: Family, name: str, expert: int | None, routed: Sequence[int]) -> Group:
+    """The group of a tensor on disk, or of the row of `expert` in one that has a row per expert."""
+    role = family.role(name)
+    if role.suffix in family.router:
+        return "router"
+    if role.layer is not None and expert is not None:
+        return "routed" if expert < routed[role.layer] else "shared"
+    return "shared" if memory_kind(family, family.in_memory(name)) == "shared" else "rest"
 
 
 def _change(
@@ -147,14 +156,14 @@ def _change(
 ) -> tuple[Group, Change | None]:
     """The group of a tensor of the full model, and its change if that group is wanted."""
     if role.kind == "expert" and role.layer is not None and role.expert is not None:
-        group: Group = "routed" if role.expert < routed[role.layer] else "shared"
+        group = group_of(family, name, role.expert, routed)
         if group not in wanted or role.expert not in kept[role.layer]:
             return group, None
         suffix = role.suffix.replace("{e}", str(kept[role.layer].index(role.expert)))
         return group, Change(f"model.layers.{role.layer}.{suffix}")
     if role.kind == "rows" and role.layer is not None:
         return _row_change(family, role, name, kept[role.layer], routed[role.layer], wanted)
-    group = "shared" if memory_kind(family, family.in_memory(name)) == "shared" else "rest"
+    group = group_of(family, name, None, routed)
     return group, Change(name) if group in wanted else None
 
 
@@ -171,14 +180,14 @@ def _row_change(
     return group, Change(name, rows, targets)
 
 
-def _checked_kept(
+def checked_kept(
     full: Checkpoint, tuned: Checkpoint, kept: Sequence[Sequence[int] | None]
 ) -> list[Sequence[int]]:
     """Kept experts per layer with nulls filled in, after the two configurations and the list have been compared."""
     if full.config.get("model_type") != tuned.config.get("model_type"):
         raise ModelError(
             f"{tuned.directory} is a {tuned.config.get('model_type')} model and {full.directory} a "
-            f"{full.config.get('model_type')} model; give the model that was pruned as --into."
+            f"{full.config.get('model_type')} model; give the model that was pruned."
         )
     counts, ours = experts_per_layer(full.config), experts_per_layer(tuned.config)
     if not len(kept) == len(counts) == len(ours):
@@ -189,13 +198,13 @@ def _checked_kept(
         if len(chosen) != own or any(not 0 <= expert < count for expert in chosen) or (listed is None and own != count):
             raise CheckpointError(
                 f"{METADATA} keeps {len(chosen)} experts of layer {layer}, the finetuned model has {own} and the full "
-                f"one {count}; give the model that was pruned as --into."
+                f"one {count}; give the model that was pruned."
             )
         filled.append(chosen)
     return filled
 
 
-def _require_fit(full: Checkpoint, tuned: Checkpoint, name: str, change: Change) -> None:
+def require_fit(full: Checkpoint, tuned: Checkpoint, name: str, change: Change) -> None:
     """Raise `CheckpointError` unless the new values have the shape of the old ones."""
     old, new = full.info(name).shape, tuned.info(change.source).shape
     if (old if change.rows is None else old[1:]) != (new if change.rows is None else new[1:]):
@@ -226,7 +235,7 @@ def _write_tensor(
     if change is None and full.info(spec.name).dtype == spec.dtype:
         out.write_bytes(spec.name, full.pieces(spec.name))
         return
-    dtype = _torch_dtype(spec.dtype)
+    dtype = torch_dtype(spec.dtype)
     value = full.read(spec.name).to(dtype)
     if change is not None:
         new = tuned.read(change.source, change.rows).to(dtype)
@@ -252,14 +261,14 @@ def _blended(old: torch.Tensor, new: torch.Tensor, average: float | None) -> tor
     return ((1 - average) * old.to(exact) + average * new.to(exact)).to(old.dtype)
 
 
-def _torch_dtype(name: str) -> torch.dtype:
+def torch_dtype(name: str) -> torch.dtype:
     import torch
 
     dtype: torch.dtype = getattr(torch, DTYPES[name][1])
     return dtype
 
 
-def _finetuned_checkpoint(child: Path) -> tuple[Path, Path]:
+def finetuned_checkpoint(child: Path) -> tuple[Path, Path]:
     """The checkpoint that `child` means, and the file that says which experts it kept."""
     run = RunPaths(child)
     steps = run.checkpoint_steps()
