@@ -50,7 +50,7 @@ def compose(
     from emo_select.errors import SpecError
     from emo_select.finetune.compose import ComposeOptions
     from emo_select.finetune.compose import compose as composed
-    from emo_select.tree import is_unfinished
+    from emo_select.storage import is_unfinished
 
     if collisions not in ("refuse", "average"):
         raise SpecError(f"--collisions is refuse or average, not {collisions!r}.")

@@ -28,7 +28,7 @@ from emo_select.finetune.members import Member, open_member, union_of
 from emo_select.finetune.merge import Group
 from emo_select.progress import say, track
 from emo_select.spec import digest
-from emo_select.tree import require_space, staged_directory
+from emo_select.storage import require_space, staged_directory
 
 NAMES: Mapping[Group, str] = {"routed": "routed experts", "router": "router rows", "shared": "shared experts",
                               "rest": "attention, norms, embeddings or head"}

@@ -19,7 +19,7 @@ from emo_select.finetune.merge import checked_kept, finetuned_checkpoint, kept_i
 from emo_select.models.families import experts_per_layer, family_of, shared_per_layer
 from emo_select.ownership import CHECKPOINT
 from emo_select.progress import say
-from emo_select.tree import read_json
+from emo_select.storage import read_json
 
 METHOD = "composed"
 
