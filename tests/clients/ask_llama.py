@@ -14,7 +14,7 @@ def serve(model: str) -> xllamacpp.Server:
     settings = xllamacpp.CommonParams()
     settings.model.path = model
     settings.n_ctx, settings.n_parallel, settings.warmup, settings.fit_params = 256, 1, False, False
-    settings.verbosity, settings.cpuparams.n_threads, settings.port = 0, 2, 0
+    settings.verbosity, settings.cpuparams.n_threads, settings.port = 0, 1, 0
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     return xllamacpp.Server(settings)

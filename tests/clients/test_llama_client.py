@@ -1,4 +1,4 @@
-"""llama.cpp on pruned checkpoints, converted by its own converter, with a real tokenizer."""
+"""llama.cpp on pruned checkpoints, by its own converter and by `export gguf`, with a real tokenizer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import environments
 import pytest
 import torch
 from client_calls import in_environment
-from made_checkpoints import prune, save_stock
+from made_checkpoints import prune, save_emo, save_stock
+
+from emo_select.export.gguf import export_gguf
 
 pytestmark = pytest.mark.client
 NEW_TOKENS, LIKELIEST, CLOSE = 6, 10, 2e-4
+ROUNDED = 0.3  # logits of this random model spread over 10
 TEXTS = ["The bridge isn't 1234 metres long, they've said:\n\n  \tnaïve – 橋 🌉", "def f(x):\n    return x**2  # no"]
 GPT2 = {"vocab_size": 50257, "eos_token_id": 50256, "pad_token_id": 50256}
 
@@ -60,7 +63,35 @@ def test_the_stock_converter_and_llama_cpp_give_the_same_numbers(pruned: dict[st
     compare(ask, pruned, tmp_path)
 
 
-def compare(ask: Any, checkpoints: dict[str, Path], files: Path) -> None:
+@pytest.fixture(scope="module")
+def emos(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """EMO pruned to 16 of 32 and below top-k; without shared experts; always-active ones; a dense first layer."""
+    root = tmp_path_factory.mktemp("emos")
+    full, plain = save_emo(root / "full", tokenizer, **GPT2), {**GPT2, "num_shared_experts": 0, "num_experts": 16}
+    renormalised = save_emo(root / "renormalised", tokenizer, **plain, norm_topk_prob=True)
+    active = save_emo(root / "active", tokenizer, **plain, always_active_experts=[2, 5])
+    dense = save_emo(root / "dense", tokenizer, **GPT2, num_experts_per_layer=[0, 16],
+                     num_shared_experts_per_layer=[0, 1], dense_intermediate_size=48)
+    return {"emo": prune(full, root / "emo", 16), "below": prune(full, root / "below", 3),
+            "no_shared": prune(renormalised, root / "no_shared", 6), "always": prune(active, root / "always", 6),
+            "dense_first": prune(dense, root / "dense_first", 6)}
+
+
+def test_exported_emo_gives_the_same_numbers(emos: dict[str, Path], ask: Any, tmp_path: Path) -> None:
+    for name, folder in emos.items():
+        export_gguf(folder, tmp_path / name)
+        (tmp_path / name / "model.gguf").rename(tmp_path / f"{name}.gguf")
+    compare(ask, emos, tmp_path)
+
+
+def test_llama_cpp_reads_every_type(emos: dict[str, Path], ask: Any, tmp_path: Path) -> None:
+    for dtype in ("f16", "bf16", "q8_0"):
+        export_gguf(emos["emo"], tmp_path / dtype, dtype=dtype)
+        (tmp_path / dtype / "model.gguf").rename(tmp_path / f"{dtype}.gguf")
+    compare(ask, dict.fromkeys(("f16", "bf16", "q8_0"), emos["emo"]), tmp_path, ROUNDED)
+
+
+def compare(ask: Any, checkpoints: dict[str, Path], files: Path, close: float = CLOSE) -> None:
     """llama.cpp continues ids and texts with the tokens and log-probabilities that transformers gives."""
     from emo_select.models import load_tokenizer
 
@@ -73,9 +104,9 @@ def compare(ask: Any, checkpoints: dict[str, Path], files: Path) -> None:
             assert seen["prompt_tokens"] == len(row), name
             for token, likeliest, ours in zip(seen["tokens"], seen["log_probabilities"],
                                               continued(folder, row, seen["tokens"]), strict=True):
-                assert float(ours[token]) >= float(ours.max()) - CLOSE, name  # the likeliest, or as likely
+                assert float(ours[token]) >= float(ours.max()) - close, name  # the likeliest, or as likely
                 expected = [float(ours[int(other)]) for other in likeliest]
-                assert list(likeliest.values()) == pytest.approx(expected, abs=CLOSE), name
+                assert list(likeliest.values()) == pytest.approx(expected, abs=close), name
 
 
 @torch.no_grad()
