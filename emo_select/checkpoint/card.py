@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emo_select.checkpoint.header import read_header
+from emo_select.checkpoint.quantised import formats_of
 from emo_select.checkpoint.sources import split_revision
 from emo_select.storage import write_bytes
 
@@ -121,9 +122,13 @@ def _member(about: Mapping[str, Any]) -> str:
 
 
 def _size(folder: Path) -> Iterator[tuple[str, str]]:
-    headers = [info for shard in sorted(folder.glob("*.safetensors")) for info in read_header(shard).values()]
+    headers = {name: info for shard in sorted(folder.glob("*.safetensors"))
+               for name, info in read_header(shard).items()}
     if headers:
-        parameters, size = sum(prod(info.shape) for info in headers), sum(info.bytes for info in headers)
+        formats = formats_of(_json(folder / "config.json"), headers)
+        plain = [info.shape for name, info in headers.items() if name not in formats.owner]
+        parameters = sum(map(prod, [*plain, *(weight.shape for weight in formats.weights.values())]))
+        size = sum(info.bytes for info in headers.values())
         yield "parameters", f"{parameters:,} ({size / 1e9:.2f} GB)"
 
 

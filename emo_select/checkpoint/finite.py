@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-# A float is NaN or infinite exactly when all of its exponent bits are set: dtype → (unsigned type, those bits).
+# A float is NaN or infinite exactly when all of these bits are set: dtype → (unsigned type, those bits). They are the
+# exponent's; of the 8-bit types without infinity, those of NaN.
 _EXPONENT = {"F64": ("<u8", 0x7FF0_0000_0000_0000), "F32": ("<u4", 0x7F80_0000), "F16": ("<u2", 0x7C00),
-             "BF16": ("<u2", 0x7F80)}
+             "BF16": ("<u2", 0x7F80), "F8_E5M2": ("<u1", 0x7C), "F8_E4M3": ("<u1", 0x7F), "F8_E8M0": ("<u1", 0xFF)}
 
 
 def all_finite(data: memoryview | bytes, dtype: str) -> bool:

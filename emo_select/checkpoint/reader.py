@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from emo_select.checkpoint.fingerprint import Content, content_of
-from emo_select.checkpoint.header import DTYPES, TensorInfo, read_header, read_weight_map
+from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE, TensorInfo, read_header, read_weight_map
+from emo_select.checkpoint.quantised import FLOATS, Formats, formats_of
 from emo_select.checkpoint.sources import resolve
 from emo_select.checkpoint.values import check_values
 from emo_select.errors import CheckpointError
@@ -70,6 +71,7 @@ class Checkpoint:
         self.directory, self.config, self.tensors = directory, config, tensors
         self._files: dict[str, int] = {}
         self._lock, self._buffers = Lock(), local()
+        self._plain: dict[str, Checkpoint] = {}
 
     @property
     def total_bytes(self) -> int:
@@ -78,13 +80,15 @@ class Checkpoint:
 
     @cached_property
     def parameters(self) -> int:
-        """Elements of all tensors."""
-        return sum(math.prod(info.shape) for info in self.tensors.values())
+        """Elements of all tensors, quantised weights counted as the numbers they stand for."""
+        seen = self.plain() if self.formats.weights else self
+        return sum(math.prod(info.shape) for info in seen.tensors.values())
 
     @cached_property
     def largest_layer_bytes(self) -> int:
-        """Bytes of the decoder layer that has most."""
-        return max((sum(self.tensors[name].bytes for name in names) for names in self.layers.values()), default=0)
+        """Bytes of the decoder layer that has most, quantised weights counted as the numbers they stand for."""
+        seen = self.plain() if self.formats.weights else self
+        return max((sum(seen.tensors[name].bytes for name in names) for names in seen.layers.values()), default=0)
 
     @property
     def shards(self) -> list[str]:
@@ -160,6 +164,39 @@ class Checkpoint:
             raise IndexError(f"{name} has {info.shape[0]} rows")
         for first, length in runs(rows):
             yield info.offset + first * info.row_bytes, length * info.row_bytes
+
+    @cached_property
+    def formats(self) -> Formats:
+        """What of it is quantised, and how; raises what `formats_of` raises."""
+        return formats_of(self.config, self.tensors)
+
+    def plain(self, dtype: str | None = None) -> Checkpoint:
+        """This checkpoint with every quantised weight as the numbers it stands for; itself where none is quantised.
+
+        `dtype` is the precision of those weights (a safetensors name), by default the configuration's.
+
+        Raises:
+            ModelError, CheckpointError: weights are quantised in a way that is not read here.
+        """
+        self.formats.require_readable()
+        if not self.formats.weights:
+            return self
+        from emo_select.checkpoint.plain import Plain
+
+        chosen = dtype or self._own_dtype()
+        if chosen not in self._plain:
+            self._plain[chosen] = Plain(self, self.formats, chosen)
+        return self._plain[chosen]
+
+    def _own_dtype(self) -> str:
+        named = SAFETENSORS_DTYPE.get(str(self.config.get("dtype") or self.config.get("torch_dtype")))
+        return named if named in FLOATS else "BF16"
+
+    def warm(self, name: str, rows: Sequence[int] | None = None) -> None:
+        """Let the kernel read the tensor (or `rows` of it) into its page cache."""
+        descriptor = self.file(self.info(name).shard)
+        for offset, count in self.ranges(name, rows):
+            os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_WILLNEED)
 
     def file(self, shard: str) -> int:
         """File descriptor of a shard, opened once, closed with the checkpoint."""

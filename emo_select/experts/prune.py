@@ -20,6 +20,7 @@ from emo_select.checkpoint.card import CARD, write_card
 from emo_select.checkpoint.companions import companions, copy_companions
 from emo_select.checkpoint.finite import all_finite
 from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE
+from emo_select.checkpoint.quantised import Quantised
 from emo_select.checkpoint.reader import INDEX
 from emo_select.errors import KeepKError, NumericError, SpecError, keywords_checked
 from emo_select.experts.keepset import (
@@ -30,6 +31,7 @@ from emo_select.experts.keepset import (
     top_k_notice,
 )
 from emo_select.experts.provenance import EXPERTS, MASK, METADATA, provenance_files
+from emo_select.experts.pruned_formats import check_unread, pruned_quantization, renumbered, serves_all_experts
 from emo_select.faults import translated
 from emo_select.models.families import (
     COUNT_KEYS,
@@ -77,7 +79,7 @@ class PrunePlan:
 @translated()
 def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dtype: str | None = None,
                      max_shard_size: str | int | None = None, metadata: Mapping[str, Any] | None = None,
-                     allow_nonuniform: bool = False) -> None:
+                     allow_nonuniform: bool = False, dequantize: bool = False) -> None:
     """Write the pruned checkpoint to `out_dir`, which appears by rename when all of it is on disk.
 
     A call that was interrupted goes on with the shard it was in. With every expert kept and neither `dtype` nor
@@ -91,17 +93,19 @@ def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dt
         max_shard_size: "5GB", "500MB" or bytes; None means 5 GB.
         metadata: entries that replace those of pruning_metadata.json.
         allow_nonuniform: accept different numbers of experts per layer where the family's config can say so.
+        dequantize: write quantised weights as the numbers they stand for, in `dtype` or the configuration's.
 
     Raises:
         ModelError, CheckpointError, KeepKError, SpecError, OwnershipError, DiskSpaceError: before anything is written.
         NumericError: a weight is NaN or infinite, named with layer and expert.
     """
-    with open_checkpoint(source) as checkpoint:
+    target = stored_dtype(dtype)
+    with open_checkpoint(source) as opened:
+        checkpoint = opened.plain(target) if dequantize else opened
         require_replaceable(out_dir, checkpoint.directory)
         companions(checkpoint.directory)  # refuses links
         if keep_set.fingerprint not in (None, checkpoint.forward_fingerprint):
             say(f"The selection was made on other weights or another config than {source} has now.")
-        target = stored_dtype(dtype)
         plan = plan_prune(checkpoint, keep_set, dtype=target, allow_nonuniform=allow_nonuniform)
         notice = top_k_notice(checkpoint.config, [len(kept or ()) for kept in keep_set.experts])
         if notice:
@@ -111,7 +115,7 @@ def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dt
         require_space(out_dir.parent, 0 if linkable else plan.total_bytes, "The pruned checkpoint")
         described = provenance_files(checkpoint, keep_set, str(source))
         described[METADATA] |= metadata or {}
-        key = _resume_key(checkpoint, keep_set, target, limit)
+        key = _resume_key(checkpoint, keep_set, target, limit, dequantize)
         with staged_directory(out_dir, key, PRUNED, [checkpoint.directory]) as folder:
             if linkable:
                 _link_shards(checkpoint, folder)
@@ -130,20 +134,25 @@ def plan_prune(checkpoint: Checkpoint, keep_set: KeepSet, *, dtype: str | None =
 
     `dtype` is a safetensors name. Raises what `prune_checkpoint` raises before writing, except for disk space.
     """
-    check_weights(checkpoint)
     family = family_of(checkpoint.config)
+    if checkpoint.formats.unread is None:
+        check_weights(checkpoint)
+    else:
+        check_unread(checkpoint, family)
     check_keep_set(checkpoint.config, keep_set)
     _check_uniform(checkpoint, family, keep_set, allow_nonuniform)
     counts = experts_per_layer(checkpoint.config)
     new_index = [{e: i for i, e in enumerate(kept or ())} for kept in keep_set.experts]
     copies, dropped = [], set()
     for name in checkpoint.tensors:
-        role = family.role(name)
+        weight = checkpoint.formats.owner.get(name)
+        role = family.role(weight.name if weight else name)
         if role.layer is not None and role.layer >= len(counts):
             dropped.add(role.layer)
-        elif copy := _plan_tensor(checkpoint, name, role, new_index, dtype):
+        elif copy := _plan_tensor(checkpoint, name, role, new_index, dtype, weight):
             copies.append(copy)
     config = pruned_config(checkpoint.config, family, keep_set, dtype=dtype, dropped_layers=len(dropped))
+    config = pruned_quantization(checkpoint, config, family, new_index)
     return PrunePlan(tuple(copies), config, len(dropped))
 
 
@@ -156,19 +165,22 @@ def describe_plan(checkpoint: Checkpoint, plan: PrunePlan) -> dict[str, Any]:
             "experts_per_token": plan.config.get("num_experts_per_tok"), "dropped_layers": plan.dropped_layers}
 
 
-def _plan_tensor(checkpoint: Checkpoint, name: str, role: Role, new_index: list[dict[int, int]], dtype: str | None
-                 ) -> Copy | None:
+def _plan_tensor(checkpoint: Checkpoint, name: str, role: Role, new_index: list[dict[int, int]], dtype: str | None,
+                 weight: Quantised | None) -> Copy | None:
+    """What becomes of a stored tensor, which may be a part of a quantised `weight`: those are never cast."""
     info = checkpoint.tensors[name]
-    stored = dtype if dtype and info.dtype in FLOATING and not name.endswith("e_score_correction_bias") else info.dtype
+    casts = dtype and info.dtype in FLOATING and not weight and not name.endswith("e_score_correction_bias")
+    stored = dtype if dtype and casts else info.dtype
     if role.layer is None or role.kind == "other":
         return Copy(TensorSpec(name, stored, info.shape), name)
     kept = new_index[role.layer]
     if role.kind == "rows":
+        if serves_all_experts(weight, name, info.shape):
+            return Copy(TensorSpec(name, stored, info.shape), name)
         return Copy(TensorSpec(name, stored, (len(kept), *info.shape[1:])), name, tuple(kept))
     if role.expert not in kept:
         return None
-    renamed = f"model.layers.{role.layer}.{role.suffix.replace('{e}', str(kept[role.expert]))}"
-    return Copy(TensorSpec(renamed, stored, info.shape), name)
+    return Copy(TensorSpec(renumbered(name, role, kept[role.expert]), stored, info.shape), name)
 
 
 def pruned_config(config: Mapping[str, Any], family: Family, keep_set: KeepSet, *, dtype: str | None = None,
@@ -265,8 +277,9 @@ def _keeps_everything(checkpoint: Checkpoint, plan: PrunePlan) -> bool:
     return len(plan.copies) == len(checkpoint.tensors) and plan.total_bytes == checkpoint.total_bytes
 
 
-def _resume_key(checkpoint: Checkpoint, keep_set: KeepSet, dtype: str | None, limit: int | None) -> str:
-    identity = [checkpoint.fingerprint, keep_set.experts, dtype, limit]
+def _resume_key(checkpoint: Checkpoint, keep_set: KeepSet, dtype: str | None, limit: int | None, dequantize: bool
+                ) -> str:
+    identity = [checkpoint.fingerprint, keep_set.experts, dtype, limit, *([True] if dequantize else [])]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 

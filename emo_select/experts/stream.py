@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from emo_select.checkpoint import Checkpoint
-from emo_select.checkpoint.header import DTYPES
+from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE
 from emo_select.errors import CheckpointError, ModelError, NumericError
 from emo_select.experts.batches import Batch
 from emo_select.experts.keepset import KeepSet
@@ -68,8 +67,9 @@ class Reader:
     """Reads layers onto a device, the next shell in a thread while the present layer computes."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.device, self.dtype = device, dtype
         check_weights(checkpoint)
+        self.checkpoint = checkpoint.plain(SAFETENSORS_DTYPE[str(dtype).removeprefix("torch.")])
         self.family = family_of(checkpoint.config)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._ahead: dict[tuple[str, int], Future[Any]] = {}
@@ -155,9 +155,7 @@ class Reader:
     def _warm(self, layer: int, kept: Sequence[int]) -> None:
         for source in expert_parameters(self.family, layer, kept):
             for name in [source.tensor] if source.tensor else [n for block in source.blocks for n in block]:
-                descriptor = self.checkpoint.file(self.checkpoint.info(name).shard)
-                for offset, count in self.checkpoint.ranges(name, source.rows):
-                    os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_WILLNEED)
+                self.checkpoint.warm(name, source.rows)
 
 
 class Skeleton:

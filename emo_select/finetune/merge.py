@@ -16,6 +16,7 @@ from emo_select import ownership
 from emo_select.checkpoint import Checkpoint, ShardedWriter, TensorSpec, assign_shards, open_checkpoint
 from emo_select.checkpoint.companions import companions, copy_companions
 from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE
+from emo_select.checkpoint.quantised import without_quantization
 from emo_select.errors import CheckpointError, ModelError, SpecError
 from emo_select.faults import translated
 from emo_select.finetune.freezing import memory_kind, routed_per_layer
@@ -77,7 +78,10 @@ def merge_back(child: str | Path, into: str, out_dir: Path, options: MergeOption
     if options.average is not None and not 0 <= options.average <= 1:
         raise SpecError(f"The averaging weight {options.average:g} is not between 0 and 1.")
     source, metadata = finetuned_checkpoint(Path(child))
-    with open_checkpoint(into) as full, open_checkpoint(source) as tuned:
+    with open_checkpoint(into) as stored, open_checkpoint(source) as child_stored:
+        full, tuned = stored.plain(), child_stored.plain()
+        if stored.formats.weights:
+            say(f"The weights of {into} are quantised ({stored.formats.method}); the merged model has plain ones.")
         companions(full.directory)  # refuses links
         ownership.require_replaceable(out_dir, full.directory, tuned.directory)
         plan = plan_merge(full, tuned, kept_in(full, read_json(metadata), into, str(child)), options)
@@ -87,8 +91,9 @@ def merge_back(child: str | Path, into: str, out_dir: Path, options: MergeOption
         with staged_directory(out_dir, key, ownership.MERGED, [full.directory, tuned.directory]) as folder:
             _write(full, tuned, plan, options, folder)
             copy_companions(full.directory, folder)
-            if options.dtype:
-                write_json(folder / "config.json", {**full.config, "dtype": options.dtype})
+            if options.dtype or stored.formats.method:
+                dtype = {"dtype": options.dtype} if options.dtype else {}
+                write_json(folder / "config.json", {**without_quantization(full.config), **dtype})
             write_json(folder / MERGED, record)
     return record
 

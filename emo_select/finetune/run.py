@@ -152,8 +152,9 @@ def _checked_job(
     companions(model_dir)  # refuses links
     device = recipe.require_machine(execution)
     world = int(os.environ.get("WORLD_SIZE", "0")) or execution.num_gpus or 1
-    with open_checkpoint(model_dir) as checkpoint:
-        check_weights(checkpoint)
+    with open_checkpoint(model_dir) as stored:
+        check_weights(stored)
+        checkpoint = stored.plain()
         require_trainable(checkpoint, training)
         _require_vocabulary(checkpoint, tokens)
         require_space(out_dir, checkpoint.total_bytes * (training.checkpoints + 3), "Finetuning")

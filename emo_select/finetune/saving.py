@@ -16,13 +16,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from emo_select.checkpoint import Checkpoint, ShardedWriter, TensorSpec, open_checkpoint
 from emo_select.checkpoint.companions import copy_companions
 from emo_select.checkpoint.header import DTYPES
+from emo_select.checkpoint.quantised import without_quantization
 from emo_select.errors import CheckpointError
 from emo_select.finetune.lora import save_adapter
 from emo_select.finetune.recipe import checkpoint_steps
 from emo_select.models.adapters import merge_adapter
 from emo_select.ownership import FINETUNED
 from emo_select.progress import Bar, say_once
-from emo_select.storage import discard, partial_directory, publish
+from emo_select.storage import discard, partial_directory, publish, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -114,8 +115,16 @@ def write_checkpoint(model: PreTrainedModel, tensors: Mapping[str, Tensor], sour
     partial.mkdir(parents=True)
     _write_tensors(model, tensors, source, partial)
     copy_companions(source, partial)
+    _describe_plainly(source, partial)
     describe(partial)
     publish(partial, final, FINETUNED)
+
+
+def _describe_plainly(source: Path, folder: Path) -> None:
+    """config.json of weights that were quantised in `source` and are trained and stored as plain numbers."""
+    with open_checkpoint(source) as start:
+        if start.formats.method is not None:
+            write_json(folder / "config.json", without_quantization(start.config))
 
 
 def _write_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], source: Path, folder: Path) -> None:
@@ -123,7 +132,8 @@ def _write_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], source
     from transformers.core_model_loading import revert_weight_conversion
 
     split = revert_weight_conversion(model, dict(tensors))
-    with open_checkpoint(source) as start:
+    with open_checkpoint(source) as stored:
+        start = stored.plain()
         _require_all(split, start)
         planned: dict[str, list[TensorSpec]] = {}
         for name, info in start.tensors.items():
@@ -164,8 +174,9 @@ def write_adapter(model: PeftModel, tensors: dict[str, Tensor], source: Path, fi
     adapter.mkdir(parents=True)
     save_adapter(model, tensors, adapter, source)
     if merge:
-        merged = merge_adapter(load_model(str(source), dtype="auto"), adapter)
+        merged = merge_adapter(load_model(str(source), dtype="auto", dequantize=True), adapter)
         _write_tensors(merged, merged.state_dict(), source, partial)
         copy_companions(source, partial)
+        _describe_plainly(source, partial)
     describe(partial)
     publish(partial, final, FINETUNED)

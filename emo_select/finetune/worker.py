@@ -127,7 +127,7 @@ def _prepared_model(job: Job, config: dict[str, Any]) -> tuple[Any, list[FrozenP
     logging.disable_progress_bar()  # one bar is enough
     precision = recipe.precision(job.execution, job.device)
     model: Any = load_model(
-        str(job.model), dtype=precision.weights, trust_remote_code=job.execution.trust_remote_code
+        str(job.model), dtype=precision.weights, trust_remote_code=job.execution.trust_remote_code, dequantize=True
     )
     model.config.use_cache = False
     if is_moe(config):  # load balancing is part of the recipe, whatever the checkpoint returns to other users
@@ -138,7 +138,7 @@ def _prepared_model(job: Job, config: dict[str, Any]) -> tuple[Any, list[FrozenP
     if adapters is None:
         return model, freezing.freeze(model, config, job.training.freeze), freezing.routed_parameters(model, config)
     with open_checkpoint(job.model) as checkpoint:
-        targets = lora.lora_targets(checkpoint, adapters)
+        targets = lora.lora_targets(checkpoint.plain(), adapters)
     model = lora.add_adapters(model, targets, adapters)
     watched = lora.expert_adapters(model, family_of(config).experts_module) if is_moe(config) else []
     return model, lora.held_adapters(model, config, adapters), watched

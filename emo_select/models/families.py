@@ -99,6 +99,11 @@ class Family:
         return frozenset(part for fused in self.experts for part in fused.parts if fused.per_expert)
 
     @cached_property
+    def expert_prefixes(self) -> frozenset[str]:
+        """Layer-relative disk names up to one expert, with `{e}`: whatever lies below belongs to that expert."""
+        return frozenset(part[:part.index("{e}") + 3] for part in self.expert_parts)
+
+    @cached_property
     def row_names(self) -> frozenset[str]:
         """Layer-relative disk names whose axis 0 runs over experts."""
         return frozenset(self.router) | {f.parts[0] for f in self.experts if not f.per_expert}
@@ -120,8 +125,8 @@ class Family:
         layer, rest = int(match[1]), match[2]
         if rest in self.row_names:
             return Role("rows", layer, suffix=rest)
-        if (found := NUMBERED.fullmatch(rest)) and (part := f"{found[1]}.{{e}}.{found[3]}") in self.expert_parts:
-            return Role("expert", layer, int(found[2]), part)
+        if (found := NUMBERED.fullmatch(rest)) and f"{found[1]}.{{e}}" in self.expert_prefixes:
+            return Role("expert", layer, int(found[2]), f"{found[1]}.{{e}}.{found[3]}")
         return Role("other", layer, suffix=rest)
 
     def in_memory(self, name: str) -> str:
@@ -237,7 +242,7 @@ def family_of(config: Config) -> Family:
     """The row for a config.
 
     Raises:
-        ModelError: dense model, unknown family, quantised weights or hash-routed layers.
+        ModelError: dense model, unknown family or hash-routed layers.
     """
     model_type = config.get("model_type")
     for family in FAMILIES:
@@ -402,15 +407,12 @@ def _check_layer(checkpoint: Checkpoint, family: Family, layer: int, count: int,
     prefix = f"model.layers.{layer}."
     expected = _expert_names(family, prefix, count) if count else {}
     for name in checkpoint.layers.get(layer, ()):
-        if name not in expected and (role := family.role(name)).kind == "expert":
+        if (role := family.role(name)).expert is not None and role.expert >= count:
             raise CheckpointError(f"{name} is expert {role.expert} of layer {layer}, but config.json gives that layer "
                                   f"{count} experts.")
     first: dict[str, tuple[tuple[int, ...], str]] = {}
     for name, suffix in expected.items():
         info = checkpoint.info(name)
-        if info.dtype not in FLOATING:
-            raise ModelError(f"{name} is quantised ({info.dtype}); selection and pruning need the bfloat16 or float32 "
-                             "original.")
         if first.setdefault(suffix, (info.shape, info.dtype)) != (info.shape, info.dtype):
             raise CheckpointError(f"{name} has shape {list(info.shape)} ({info.dtype}), its neighbours have "
                                   f"{list(first[suffix][0])} ({first[suffix][1]}).")
@@ -430,10 +432,5 @@ def _expert_names(family: Family, prefix: str, count: int) -> dict[str, str]:
 
 
 def _refuse_unsupported(config: Config) -> None:
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-        raise ModelError(f"The weights are quantised ({method}); selection and pruning need the bfloat16 or float32 "
-                         "original.")
     if config.get("num_hash_layers"):
         raise ModelError(f"{config['num_hash_layers']} layers route by token hash, so their experts cannot be pruned.")

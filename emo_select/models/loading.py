@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import StrictDataclassError
 
 from emo_select.checkpoint import Checkpoint, open_checkpoint, resolve
+from emo_select.checkpoint.header import SAFETENSORS_DTYPE
 from emo_select.errors import CheckpointError, ModelError
 from emo_select.faults import translated
 from emo_select.models.config import EmoConfig, Olmo2NoQKNormPrenormConfig
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+KERNELS = ("fp8", "mxfp8", "mxfp4")  # methods whose weights transformers multiplies with as they are
 SHOWN = 3  # tensors named in an error; the rest is counted
 
 
@@ -34,8 +36,12 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     experts_implementation: str | None = None,
+    dequantize: bool = False,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, all of its weights from the checkpoint.
+
+    Quantised weights become the numbers they stand for, tensor by tensor; on a GPU those of FP8 and MXFP4, for which
+    transformers has kernels, stay as they are.
 
     Args:
         source: a folder, a Hub id, or demo/NAME.
@@ -43,6 +49,7 @@ def load_model(
         attn_implementation: "eager", "sdpa", "flash_attention_2", …; by default the best available.
         experts_implementation: "eager", "grouped_mm" or "batched_mm"; by default grouped_mm where it runs, and on the
             CPU our own eager one, which is the faster there.
+        dequantize: quantised weights become plain ones on every device, so that they can be trained.
 
     Raises:
         ModelError: nothing of that name, or an architecture or configuration that cannot be built.
@@ -50,7 +57,8 @@ def load_model(
     """
     register()
     with open_checkpoint(source) as checkpoint:
-        check_weights(checkpoint)
+        if checkpoint.formats.unread is None:  # else transformers and the method's own package see to it
+            check_weights(checkpoint)
         config = load_config(checkpoint, trust_remote_code=trust_remote_code)
         import_models()
         if isinstance(config, EmoConfig | Olmo2NoQKNormPrenormConfig):
@@ -59,6 +67,9 @@ def load_model(
         experts_implementation = "eager"
     implementations = {"attn_implementation": attn_implementation, "experts_implementation": experts_implementation}
     options = {name: value for name, value in implementations.items() if value is not None}
+    has_kernels = checkpoint.formats.method in KERNELS and str(device) != "cpu"
+    if checkpoint.formats.stale or (checkpoint.formats.weights and (dequantize or not has_kernels)):
+        _forget_quantization(config)
     return _load_weights(checkpoint, config, dtype, device, trust_remote_code, options)
 
 
@@ -128,16 +139,16 @@ def _load_weights(
     trust_remote_code: bool,
     options: Mapping[str, str],
 ) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    from transformers import GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # it would write across our own display
     try:
         with track("Loading weights"):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                checkpoint.directory, config=config, dtype=dtype, device_map=None if str(device) == "cpu" else device,
-                use_safetensors=True, trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True,
-                output_loading_info=True, **options,
+            kind, weights = _weights_from(checkpoint, config, dtype, trust_remote_code)
+            model, report = kind.from_pretrained(
+                **weights, config=config, device_map=None if str(device) == "cpu" else device, use_safetensors=True,
+                ignore_mismatched_sizes=True, output_loading_info=True, **options,
             )
     except (ValueError, ImportError) as error:  # an implementation or architecture that is not available here
         raise ModelError(f"{checkpoint.directory} cannot be loaded: {_sentence(error)}") from error
@@ -148,7 +159,50 @@ def _load_weights(
         "unexpected": sorted(report["unexpected_keys"]),
         "of another shape": sorted(str(entry[0]) for entry in report["mismatched_keys"]),
     })
+    if (checkpoint.directory / "generation_config.json").exists() and checkpoint.formats.weights:
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
     return model.eval()
+
+
+class _Lazy:
+    """A tensor of a checkpoint, read when transformers asks for it, as it asks a shard for its slices."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._checkpoint.read(self._name)[index]
+
+    def get_dtype(self) -> str:
+        return self._checkpoint.info(self._name).dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self._checkpoint.info(self._name).shape)
+
+
+def _weights_from(checkpoint: Checkpoint, config: PreTrainedConfig, dtype: str | torch.dtype, trust_remote_code: bool
+                  ) -> tuple[Any, dict[str, Any]]:
+    """The class to load, and where it takes its weights from: the folder, or our reading of quantised ones."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not checkpoint.formats.weights or getattr(config, "quantization_config", None) is not None:
+        return AutoModelForCausalLM, {"pretrained_model_name_or_path": checkpoint.directory, "dtype": dtype,
+                                      "trust_remote_code": trust_remote_code}
+    chosen = (config.dtype or torch.bfloat16) if dtype == "auto" else dtype
+    view = checkpoint.plain(SAFETENSORS_DTYPE[str(chosen).removeprefix("torch.")])
+    with torch.device("meta"):  # the automatic classes take weights from folders only
+        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    return kind, {"pretrained_model_name_or_path": None, "dtype": chosen,
+                  "state_dict": {name: _Lazy(view, name) for name in view.tensors}}
+
+
+def _forget_quantization(config: PreTrainedConfig) -> None:
+    """The weights that are going to be loaded are plain, whatever the configuration says."""
+    for place in (config, config.get_text_config()):
+        for key in ("quantization_config", "compression_config"):
+            if hasattr(place, key):
+                delattr(place, key)
 
 
 def tensors_of(config: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...]]]:

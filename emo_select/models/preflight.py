@@ -37,7 +37,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
     Raises:
         ModelError: not supported. CheckpointError: names the first tensor or key that does not fit.
     """
-    config = checkpoint.config
+    config, checkpoint = checkpoint.config, checkpoint.plain()
     if is_moe(config):
         _check_top_k(checkpoint, check_layout(checkpoint))
     elif config.get("model_type") not in DENSE_TYPES:

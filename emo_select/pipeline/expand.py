@@ -174,7 +174,8 @@ def pruned_bytes(run: Run) -> int:
     counts = experts_per_layer(source.config)
     total = 0.0
     for name, info in source.tensors.items():
-        role = family.role(name)
+        weight = source.formats.owner.get(name)
+        role = family.role(weight.name if weight else name)
         pruned = role.kind != "other" and role.layer is not None and role.layer < len(counts)
         share = min(1.0, run.spec.keep_k / counts[role.layer]) if pruned and role.layer is not None else 1.0
         total += info.bytes * share

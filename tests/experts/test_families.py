@@ -241,14 +241,9 @@ def test_prediction_layers_are_left_out(saved: Any, tmp_path: Path) -> None:
     assert merged.keys() == state.keys() and all(torch.equal(merged[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize(("changes", "says"), [
-    ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
-    ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
-    ({"num_hash_layers": 3}, "hash"),
-])
-def test_unsupported_weights_are_refused(changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(ModelError, match=says):
-        family_of({"model_type": "deepseek_v3", **changes})
+def test_layers_that_route_by_hash_are_refused() -> None:
+    with pytest.raises(ModelError, match="hash"):
+        family_of({"model_type": "deepseek_v3", "num_hash_layers": 3})
 
 
 @pytest.mark.parametrize(("changes", "says"), [
@@ -286,7 +281,7 @@ def test_fp8_tensors_are_refused_even_if_the_config_is_silent(saved: Any, tmp_pa
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     checkpoint = open_checkpoint(tmp_path)
-    with pytest.raises(ModelError, match="quantised"):
+    with pytest.raises(CheckpointError, match=r"is quantised .* has no quantization_config"):
         plan_prune(checkpoint, keep_set(checkpoint.config, KEPT))
 
 
