@@ -73,7 +73,8 @@ def compose(children: Sequence[str | Path], model: str, out_dir: Path, options: 
     """
     _check(children, options)
     with ExitStack() as opened:
-        full = opened.enter_context(open_checkpoint(model))
+        stored = opened.enter_context(open_checkpoint(model))
+        full = stored.plain() if options.finetuned else stored  # what was trained has plain numbers
         members = [open_member(Path(child), full, model, opened) for child in children]
         sources = [full.directory, *(member.checkpoint.directory for member in members)]
         ownership.require_replaceable(out_dir, *sources)

@@ -47,7 +47,8 @@ def open_member(child: Path, full: Checkpoint, model: str, opened: ExitStack) ->
     Raises `ModelError` or `CheckpointError` where it was not pruned from `full`.
     """
     source, metadata_file = finetuned_checkpoint(child)
-    checkpoint, metadata = opened.enter_context(open_checkpoint(source)), read_json(metadata_file)
+    stored, metadata = opened.enter_context(open_checkpoint(source)), read_json(metadata_file)
+    checkpoint = stored if stored.formats.unread else stored.plain()
     kept = checked_kept(full, checkpoint, kept_in(full, metadata, model, str(child)))
     where = (folder / "selection.json" for folder in (child, child.parent, child.parent.parent))
     selection = next((KeepSet.load(path) for path in where if path.is_file()), None)
