@@ -24,12 +24,14 @@ from emo_select.analysis.layout import LayerInfo, RoutingInfo, column_file, writ
 from emo_select.checkpoint import Checkpoint
 from emo_select.errors import ModelError, NumericError, SpecError
 from emo_select.experts.batches import Batch
+from emo_select.experts.layers import Embedded, Front
 from emo_select.experts.options import StreamOptions
 from emo_select.experts.passes import Meter, Pass
 from emo_select.experts.resume import Snapshots, shared_stage
+from emo_select.experts.routers import Scores
 from emo_select.experts.rules import LayerRules, layer_rules
 from emo_select.experts.states import HiddenStates
-from emo_select.experts.stream import AttentionHalf, Embedded, Shell
+from emo_select.experts.stream import Shell
 from emo_select.models.families import family_of, top_k
 from emo_select.spec import digest
 from emo_select.storage import require_space, write_bytes, write_json
@@ -49,16 +51,15 @@ def _layer_info(layer: int, rules: LayerRules, chosen: int) -> LayerInfo:
                      shared=rules.shared, always_active=rules.always_active)
 
 
-def probabilities(logits: Tensor, scoring: str) -> Tensor:
-    """Logits (T, E) of the routed experts → a distribution (T, E) in fp32.
+def probabilities(scores: Scores, experts: int) -> Tensor:
+    """A router's scores → a distribution (T, E) in fp32 over the `experts` routed ones, which come first.
 
-    Softmax over the routed experts, also where shared or always-active ones have one of their own in the model; of a
-    sigmoid router the affinities divided by their sum.
+    Softmax over the routed experts, also where shared or always-active ones have one of their own in the model; of
+    another router its affinities divided by their sum.
     """
-    logits = logits.float()
-    if scoring != "sigmoid":
-        return logits.softmax(dim=-1)
-    affinities = logits.sigmoid()
+    if scores.activation == "softmax":
+        return scores.logits[:, :experts].float().softmax(dim=-1)
+    affinities = scores.probabilities[:, :experts]
     return affinities / affinities.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -174,28 +175,28 @@ class RoutingPass:
         stage, info, rules = self.stage, self.infos.get(layer), self.stage.rules[layer]
         goes_on = layer < self.last  # behind the last router nothing has to be computed
         weights = stage.reader.experts(layer, range(rules.experts)) if rules is not None and goes_on else {}
-        attention = stage.skeleton.attention_half(shell)
-        experts = stage.skeleton.experts_half(shell, weights) if goes_on else None
+        front = stage.skeleton.front(shell)
+        back = stage.skeleton.back(shell, weights) if goes_on else None
 
         def step(batch: Batch) -> None:
-            hidden = attention(batch, self.source.read(batch))
+            hidden = front(batch, self.source.read(batch))
             if info is not None:
-                self._ask(info, attention, batch)
-            if experts is not None:
-                states.write(batch.start, experts(hidden))
+                self._ask(info, front, batch)
+            if back is not None:
+                states.write(batch.start, back(batch, hidden))
 
         for batch, _ in stage.each_batch(step):
             meter.advance(batch.stop - batch.start)
         stage.reader.recycle(weights)
 
-    def _ask(self, info: LayerInfo, attention: AttentionHalf, batch: Batch) -> None:
+    def _ask(self, info: LayerInfo, front: Front, batch: Batch) -> None:
         """What the router says of a batch, handed to the sink document by document."""
-        logits, _, index = attention.route(batch)
-        logits = logits[:, :info.experts].float()
+        routing = front.route(batch)
+        logits = routing.scores.logits[:, :info.experts].float()
         if not bool(logits.isfinite().all()):
             raise NumericError(f"The router of layer {info.layer} gives NaN or infinity; try --dtype float32.")
-        probs = probabilities(logits, self.stage.reader.family.scoring)
-        chosen = _routed(index, info)
+        probs = probabilities(routing.scores, info.experts)
+        chosen = _routed(routing.index, info)
         first = 0
         for number, length in zip(batch.segments, batch.lengths, strict=True):
             rows, segment = slice(first, first + length), self.stage.segments[number]

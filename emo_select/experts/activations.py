@@ -8,13 +8,14 @@ from typing import Any
 
 from emo_select.checkpoint import Checkpoint
 from emo_select.experts.batches import Batch
+from emo_select.experts.layers import Embedded
 from emo_select.experts.moe import Recorder
 from emo_select.experts.options import StreamOptions
 from emo_select.experts.passes import Meter, Pass
 from emo_select.experts.resume import Snapshots, shared_stage
 from emo_select.experts.scores import SUMS, LayerSums, Part, Scores
 from emo_select.experts.states import HiddenStates
-from emo_select.experts.stream import Embedded, Shell
+from emo_select.experts.stream import Shell
 from emo_select.faults import translated
 from emo_select.ownership import STATISTICS, require_replaceable
 
@@ -102,17 +103,17 @@ class _Collection:
         stage, rules = self.stage, self.stage.rules[layer]
         recorder, weights = None, {}
         if rules is not None:
-            recorder = Recorder(stage.new_sums(layer, tuple(SUMS)), rules, stage.reader.family.scoring)
+            recorder = Recorder(stage.new_sums(layer, tuple(SUMS)), rules)
             weights = stage.reader.experts(layer, range(rules.experts))
         self._prefetch(layer + 1)
-        attention = stage.skeleton.attention_half(shell)
-        experts = stage.skeleton.experts_half(shell, weights, recorder=recorder)
+        front = stage.skeleton.front(shell)
+        back = stage.skeleton.back(shell, weights, recorder=recorder)
         meter.layer(layer)
 
         def step(batch: Batch) -> list[Part]:
             if recorder is not None:
                 recorder.begin(stage.group_rows(batch))
-            states.write(batch.start, experts(attention(batch, self.source.read(batch))))
+            states.write(batch.start, back(batch, front(batch, self.source.read(batch))))
             return recorder.parts if recorder else []
 
         for batch, parts in stage.each_batch(step):

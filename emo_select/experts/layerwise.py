@@ -19,6 +19,7 @@ from torch import Tensor
 from emo_select.checkpoint import Checkpoint
 from emo_select.experts.batches import Batch
 from emo_select.experts.keepset import KeepSet
+from emo_select.experts.layers import Back, Embedded, Front
 from emo_select.experts.moe import Recorder
 from emo_select.experts.options import StreamOptions
 from emo_select.experts.passes import Meter, Pass
@@ -26,7 +27,7 @@ from emo_select.experts.resume import Snapshots
 from emo_select.experts.rules import KeepK, choose, full_set, resolve_keep_k
 from emo_select.experts.scores import LayerSums, Part, criterion, layer_score, mixture
 from emo_select.experts.states import HiddenStates
-from emo_select.experts.stream import AttentionHalf, Embedded, ExpertsHalf, Shell
+from emo_select.experts.stream import Shell
 
 Kept = list[list[int] | None]
 
@@ -82,10 +83,10 @@ class _Branch:
 
     requests: list[int]
     source: Embedded | HiddenStates
-    """Hidden states, which siblings share until `half` has run on them."""
+    """Hidden states, which siblings share until `back` has run on them."""
     kept: Kept = field(default_factory=list)
-    half: ExpertsHalf | None = None
-    """Experts of the layer below, still to be run on `source`."""
+    back: Back | None = None
+    """The rest of the layer below, still to be run on `source`."""
 
 
 class _Layerwise:
@@ -119,24 +120,24 @@ class _Layerwise:
         stage.reader.prefetch_shell(layer + 1)
         meter.layer(layer)
         observer = _Observer(self, shell) if stage.rules[layer] else None
-        attention = stage.skeleton.attention_half(shell)
+        front = stage.skeleton.front(shell)
         self.branches = [branch for source in _distinct(self.branches)
-                         for branch in self._advance(source, attention, observer, meter)]
+                         for branch in self._advance(source, front, observer, meter)]
         stage.reader.recycle(self.weights)
         self.weights = {}
         if observer is None:
             for branch in self.branches:
                 branch.kept.append(None)
-                branch.half = stage.skeleton.experts_half(shell, {})
+                branch.back = stage.skeleton.back(shell, {})
             self._note_scores([None] * len(self.branches))
         else:
             self._choose(layer, observer)
             if layer + 1 < stage.layers:
                 self._attach_experts(shell, observer)
 
-    def _advance(self, source: Embedded | HiddenStates, attention: AttentionHalf, observer: _Observer | None,
+    def _advance(self, source: Embedded | HiddenStates, front: Front, observer: _Observer | None,
                  meter: Meter) -> list[_Branch]:
-        """Run every branch of `source` through its pending experts and this layer's attention, into its own states."""
+        """Run every branch of `source` through its pending experts and this layer's front, into its own states."""
         members = [branch for branch in self.branches if branch.source is source]
         targets = [self.stage.new_states() for _ in members[1:]]
         targets.append(source if isinstance(source, HiddenStates) else self.stage.new_states())
@@ -144,8 +145,8 @@ class _Layerwise:
         def step(batch: Batch) -> list[list[Part]]:
             below, found = source.read(batch), []
             for branch, target in zip(members, targets, strict=True):  # the last one writes where `below` lies
-                hidden = attention(batch, branch.half(below) if branch.half else below, branch.requests[0])
-                found.append(observer.see(branch, batch, attention, hidden) if observer else [])
+                hidden = front(batch, branch.back(batch, below) if branch.back else below, branch.requests[0])
+                found.append(observer.see(branch, batch, front, hidden) if observer else [])
                 target.write(batch.start, hidden)
             return found
 
@@ -159,7 +160,7 @@ class _Layerwise:
             if observer is not None and batch is self.stage.batches[len(self.stage.batches) // 2]:
                 observer.guess()
         for branch, target in zip(members, targets, strict=True):
-            branch.source, branch.half = target, None
+            branch.source, branch.back = target, None
         return members
 
     def _choose(self, layer: int, observer: _Observer) -> None:
@@ -186,7 +187,7 @@ class _Layerwise:
                 self.scores[request].append(score)
 
     def _attach_experts(self, shell: Shell, observer: _Observer | None = None) -> None:
-        """Read the experts that any branch keeps, once, and give every branch its pruned experts half."""
+        """Read the experts that any branch keeps, once, and give every branch the rest of its pruned layer."""
         chosen = [branch.kept[shell.layer] or [] for branch in self.branches]
         loaded = observer.experts if observer and observer.experts else None
         union = sorted({expert for kept in chosen for expert in kept})
@@ -194,7 +195,7 @@ class _Layerwise:
         place = {expert: expert if loaded else row for row, expert in enumerate(union)}
         for branch, kept in zip(self.branches, chosen, strict=True):
             rows = torch.tensor([place[expert] for expert in kept], device=self.stage.device)
-            branch.half = self.stage.skeleton.experts_half(shell, self.weights, kept=kept, rows=rows)
+            branch.back = self.stage.skeleton.back(shell, self.weights, kept=kept, rows=rows)
 
     def _sources(self) -> list[HiddenStates]:
         return [source for source in _distinct(self.branches) if isinstance(source, HiddenStates)]
@@ -222,7 +223,7 @@ class _Layerwise:
             self._attach_experts(shell)
         else:
             for branch in self.branches:
-                branch.half = self.stage.skeleton.experts_half(shell, {})
+                branch.back = self.stage.skeleton.back(shell, {})
         return found.layer + 1
 
 
@@ -231,7 +232,7 @@ class _Observer:
 
     def __init__(self, run: _Layerwise, shell: Shell) -> None:
         self._run, self._shell = run, shell
-        self._recorders: dict[int, tuple[Recorder, ExpertsHalf | None]] = {}
+        self._recorders: dict[int, tuple[Recorder, Back | None]] = {}
         self._rules = run.stage.rules[shell.layer]
         assert self._rules is not None
         self.experts: dict[str, Tensor] | None = None
@@ -243,16 +244,18 @@ class _Observer:
         for branch in branches:
             self._recorders[id(branch)] = self._recorder()
 
-    def see(self, branch: _Branch, batch: Batch, attention: AttentionHalf, hidden: Tensor) -> list[Part]:
-        """A batch has passed this layer's attention: `hidden` (T, D); what it adds to the branch's sums."""
+    def see(self, branch: _Branch, batch: Batch, front: Front, hidden: Tensor) -> list[Part]:
+        """A batch has passed this layer's front: `hidden` (T, D); what it adds to the branch's sums."""
         recorder, all_experts = self._recorders[id(branch)]
         recorder.begin(self._run.stage.group_rows(batch))
         if all_experts is not None:
-            all_experts(hidden)
+            all_experts(batch, hidden)
         elif recorder.needs_choice:
-            recorder.routed(*attention.route(batch))
+            routing = front.route(batch)
+            recorder.scored(routing.scores)
+            recorder.chosen(routing.gates, routing.index)
         else:
-            recorder.scored(attention.logits(batch))
+            recorder.scored(front.scores(batch))
         return recorder.parts
 
     def sums(self, branch: _Branch) -> LayerSums:
@@ -272,14 +275,14 @@ class _Observer:
                 ahead |= set(choose(score, most, stage.rules[layer]))  # type: ignore[arg-type]
         stage.reader.warm(layer, sorted(ahead))
 
-    def _recorder(self) -> tuple[Recorder, ExpertsHalf | None]:
+    def _recorder(self) -> tuple[Recorder, Back | None]:
         stage = self._run.stage
         assert self._rules is not None
         sums = stage.new_sums(self._shell.layer, self._run.rule.sums)
-        recorder = Recorder(sums, self._rules, stage.reader.family.scoring)
+        recorder = Recorder(sums, self._rules)
         if self.experts is None:
             return recorder, None
-        return recorder, stage.skeleton.experts_half(self._shell, self.experts, recorder=recorder)
+        return recorder, stage.skeleton.back(self._shell, self.experts, recorder=recorder)
 
 
 def _distinct(branches: Sequence[_Branch]) -> list[Embedded | HiddenStates]:

@@ -6,14 +6,15 @@ Shapes: T tokens, E experts of the layer, K experts per token, D hidden, S = T·
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emo_select.experts.batches import GroupRows
+from emo_select.experts.routers import Scores
 from emo_select.experts.rules import LayerRules
 from emo_select.experts.scores import NEEDS_EXPERTS, LayerSums, Part
 
@@ -24,13 +25,15 @@ class Recorder(threading.local):
     Call `begin`, run the batch, and give what `parts` then holds to `sums`. Only statistics of `sums` are computed.
     """
 
-    def __init__(self, sums: LayerSums, rules: LayerRules, scoring: str) -> None:
-        self.sums, self.rules, self.scoring = sums, rules, scoring
+    def __init__(self, sums: LayerSums, rules: LayerRules) -> None:
+        self.sums, self.rules = sums, rules
         self.begin([(0, None, 1)])
 
     def begin(self, group_rows: GroupRows) -> None:
         """Forget the last batch; the next one's rows belong to these groups (see `Batch.group_rows`)."""
         self.parts: list[Part] = []
+        self.places: Tensor | None = None
+        """Which of the rows that come are tokens of the batch, in its packed order; None: all."""
         self._group_rows = group_rows
         self._index, self._gates, self._probability = torch.empty(0), torch.empty(0), torch.empty(0)
         self._norms: Tensor | None = None
@@ -42,49 +45,39 @@ class Recorder(threading.local):
 
     @property
     def needs_choice(self) -> bool:
-        """Whether it matters which experts the router chose, or its logits suffice."""
+        """Whether it matters which experts the router chose, or its scores suffice."""
         return any(name != "probability" for name in self.sums.values)
 
-    def scored(self, logits: Tensor) -> None:
-        """Router logits (T, E)."""
-        self._probability = self.probabilities(logits)
+    def scored(self, scores: Scores) -> None:
+        """The router's scores."""
+        self._probability = self._tokens(scores.probabilities)
         self._add("probability", self._probability)
 
-    def routed(self, logits: Tensor, gates: Tensor, index: Tensor) -> None:
-        """Router output: logits (T, E), routing weights and expert indices (T, K)."""
-        self.scored(logits)
-        self._index, self._gates = index, gates.float()
+    def chosen(self, gates: Tensor, index: Tensor) -> None:
+        """Routing weights and expert indices (T, K)."""
+        self._index, self._gates = self._tokens(index), self._tokens(gates).float()
         self._add_chosen("count", self._gates.new_ones(()).expand_as(self._gates))
         self._add_chosen("gate", self._gates)
 
     def measured(self, norms: Tensor) -> None:
         """L2 norms (T, K) in fp32 of the chosen experts' outputs, before weighting."""
-        self._norms = norms
-        self._add_chosen("norm", norms)
-        self._add_chosen("reap", self._gates * norms)
+        self._norms = self._tokens(norms)
+        self._add_chosen("norm", self._norms)
+        self._add_chosen("reap", self._gates * self._norms)
         if "reap_renormalised" in self.sums.values:
-            self._add_chosen("reap_renormalised", self._renormalised() * norms)
+            self._add_chosen("reap_renormalised", self._renormalised() * self._norms)
 
     def finished(self, hidden: Tensor, output: Tensor) -> None:
         """Input and output (T, D) of the whole block, separate shared experts included."""
         if self._norms is None or "easy_ep" not in self.sums.values:
             return
-        before = hidden.double()  # 1 - cos of nearly parallel vectors would lose half the digits of fp32
-        turned = (1 - F.cosine_similarity(before, before + output, dim=-1)).clamp(min=0)
-        self._add_chosen("easy_ep", self._probability.gather(1, self._index) * self._norms * turned[:, None])
+        before = self._tokens(hidden).double()  # 1 - cos of nearly parallel vectors would lose half the digits of fp32
+        turned = (1 - F.cosine_similarity(before, before + self._tokens(output), dim=-1)).clamp(min=0)
+        probability = self._probability.gather(1, self._index.clamp(max=self.rules.experts - 1))
+        self._add_chosen("easy_ep", probability * self._norms * turned[:, None])
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Router probabilities (T, E) in fp32: softmax, listed shared experts apart; a sigmoid router's affinities.
-
-        With always-active experts one softmax covers all, as in the model.
-        """
-        logits = logits.float()
-        if self.scoring == "sigmoid":
-            return logits.sigmoid()
-        if self.rules.always_active or not self.rules.shared:
-            return logits.softmax(dim=-1)
-        parts = logits.split([self.rules.routed, self.rules.shared], dim=-1)
-        return torch.cat([part.softmax(dim=-1) for part in parts], dim=-1)
+    def _tokens(self, values: Tensor) -> Tensor:
+        return values if self.places is None else values.index_select(0, self.places.to(values.device))
 
     def _renormalised(self) -> Tensor:
         """Gates divided by their sum over the token's top-k, routed and shared apart."""
@@ -102,10 +95,18 @@ class Recorder(threading.local):
             self.parts.append((name, group, times * chosen.sum(dim=0, dtype=torch.float64)))
 
     def _add_chosen(self, name: str, per_choice: Tensor) -> None:
-        """Sum values (T, K) of the chosen experts, which are distinct for each token."""
+        """Sum values (T, K) of the chosen experts, which are distinct for each token; a choice of none is left out."""
         if name in self.sums.values:
-            dense = per_choice.new_zeros(len(per_choice), self.sums.experts)
-            self._add(name, dense.scatter_(1, self._index, per_choice))
+            experts = self.sums.experts
+            dense = per_choice.new_zeros(len(per_choice), experts + 1)
+            self._add(name, dense.scatter_(1, self._index.clamp(max=experts), per_choice)[:, :experts])
+
+
+def streamed_experts(template: nn.Module, weights: Mapping[str, Tensor], rows: Tensor | None,
+                     recorder: Recorder | None) -> nn.Module:
+    """The experts of a layer with weights that were read from disk; see `StreamedExperts`."""
+    by_flags = hasattr(template, "_apply_gate") and hasattr(template, "is_transposed")
+    return (StreamedExperts if by_flags else FilledExperts)(template, weights, rows, recorder)
 
 
 class StreamedExperts(nn.Module):
@@ -129,6 +130,8 @@ class StreamedExperts(nn.Module):
         outputs = self._outputs(hidden, order // index.shape[1], counts, loaded.flatten()[order])
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         place = place.view(index.shape)
+        if self.recorder is not None:
+            self.recorder.chosen(gates, index)
         if self.recorder is not None and self.recorder.needs_norms:
             norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
             self.recorder.measured(norms[place])
@@ -139,6 +142,48 @@ class StreamedExperts(nn.Module):
         template = self._template[0]
         apply = _grouped if _has_grouped_kernel(hidden) else _one_by_one
         return apply(template, self.weights, hidden, tokens, counts, experts)
+
+
+class FilledExperts(nn.Module):
+    """Experts with a forward of their own, whose layout is known to them alone: the module itself, with its weights.
+
+    Arguments are those of `StreamedExperts`.
+    """
+
+    def __init__(self, template: nn.Module, weights: Mapping[str, Tensor], rows: Tensor | None = None,
+                 recorder: Recorder | None = None) -> None:
+        super().__init__()
+        self.module, self.recorder = template, recorder
+        for name, parameter in dict(template.named_parameters()).items():
+            owner, _, leaf = name.rpartition(".")
+            chosen = weights[name] if rows is None else weights[name].index_select(0, rows)
+            template.get_submodule(owner)._parameters[leaf] = nn.Parameter(_as_wide(chosen, parameter.shape), False)
+
+    def forward(self, hidden: Tensor, index: Tensor, gates: Tensor) -> Any:
+        """As the module computes it: hidden (T, D), index and gates (T, K)."""
+        if self.recorder is not None:
+            self.recorder.chosen(gates, index)
+        if self.recorder is not None and self.recorder.needs_norms:
+            self.recorder.measured(self._norms(hidden.reshape(-1, hidden.shape[-1]), index))
+        return self.module(hidden, index, gates)
+
+    def _norms(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """L2 norms (T, K) of the chosen experts' outputs, one expert at a time."""
+        norms = hidden.new_zeros(index.shape, dtype=torch.float32)
+        for expert in index.unique().tolist():
+            token, slot = torch.where(index == expert)
+            alone = index.new_full((len(token), 1), expert)
+            output = self.module(hidden[token], alone, hidden.new_ones(len(token), 1))
+            norms[token, slot] = torch.linalg.vector_norm(output.reshape(len(token), -1), dim=-1, dtype=torch.float32)
+        return norms
+
+
+def _as_wide(values: Tensor, shape: torch.Size) -> Tensor:
+    """`values` in a parameter's shape; entries behind the experts, which compute nothing, are zero."""
+    if values.numel() < shape.numel():
+        behind = values.new_zeros(shape[0] - len(values), *values.shape[1:])
+        values = torch.cat([values, behind])
+    return values.reshape(shape)
 
 
 def combine(outputs: Tensor, place: Tensor, gates: Tensor) -> Tensor:
@@ -158,14 +203,20 @@ def _one_by_one(template: Any, weights: Mapping[str, Tensor], hidden: Tensor, to
                 experts: Tensor) -> Tensor:
     """One matrix product per expert that has tokens; every intermediate stays small enough for the cache."""
     outputs = hidden.new_empty(len(tokens), hidden.shape[-1])
+    first, activate = _inner(template)
     start = 0
     for expert, count in enumerate(counts.tolist()):
         if count:
             stop = start + count
-            inner = _linear(template, weights, "gate_up_proj", expert, hidden.index_select(0, tokens[start:stop]))
-            _linear(template, weights, "down_proj", expert, template._apply_gate(inner), outputs[start:stop])
+            inner = _linear(template, weights, first, expert, hidden.index_select(0, tokens[start:stop]))
+            _linear(template, weights, "down_proj", expert, activate(inner), outputs[start:stop])
             start = stop
     return _post_norm(template, outputs)
+
+
+def _inner(template: Any) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """Name of an expert's first product, and what becomes of its result."""
+    return ("gate_up_proj", template._apply_gate) if template.has_gate else ("up_proj", template.act_fn)
 
 
 def _linear(template: Any, weights: Mapping[str, Tensor], name: str, expert: int, inputs: Tensor,
@@ -181,56 +232,16 @@ def _grouped(template: Any, weights: Mapping[str, Tensor], hidden: Tensor, token
     """All experts in two grouped matrix products (bf16 on a GPU)."""
     stops = counts.cumsum(0).to(torch.int32)
     values = hidden.index_select(0, tokens)
-    for name in ("gate_up_proj", "down_proj"):
+    first, activate = _inner(template)
+    for name in (first, "down_proj"):
         weight = weights[name] if template.is_transposed else weights[name].transpose(-2, -1)
         values = F.grouped_mm(values, weight, offs=stops)
         if f"{name}_bias" in weights:
             values = values + weights[f"{name}_bias"][experts]
-        if name == "gate_up_proj":
-            values = template._apply_gate(values)
+        if name == first:
+            values = activate(values)
     return _post_norm(template, values)
 
 
 def _post_norm(template: Any, outputs: Tensor) -> Tensor:
     return template.post_expert_norm(outputs) if template.has_post_expert_norm else outputs
-
-
-class NoAttention(nn.Module):
-    """Stands in for attention where only the experts half of a layer runs: it adds nothing to the residual."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """A zero that broadcasts, and no attention weights."""
-        return hidden_states.new_zeros(()), None
-
-
-class NoExperts(nn.Module):
-    """Stands in for the experts block where only the attention half of a layer runs; keeps the block's input."""
-
-    def __init__(self, returns: Literal["tensor", "pair"]) -> None:
-        super().__init__()
-        self.returns, self._of_thread = returns, threading.local()
-
-    @property
-    def seen(self) -> Tensor:
-        """The input of the calling thread's last batch."""
-        value: Tensor = self._of_thread.seen
-        return value
-
-    def forward(self, hidden: Tensor) -> Any:
-        """A zero that broadcasts, alone or with the router scores' place empty, as the block itself returns."""
-        self._of_thread.seen = hidden
-        zero = hidden.new_zeros(())
-        return (zero, None) if self.returns == "pair" else zero
-
-
-def attach(block: nn.Module, router: nn.Module, recorder: Recorder) -> None:
-    """Let `recorder` see what `router` and the whole `block` return."""
-    def after_router(module: nn.Module, inputs: Any, output: Any) -> None:
-        recorder.routed(*output)
-
-    def after_block(module: nn.Module, inputs: Any, output: Any) -> None:
-        value = output[0] if isinstance(output, tuple) else output
-        recorder.finished(inputs[0].reshape(-1, inputs[0].shape[-1]), value.reshape(-1, value.shape[-1]))
-
-    router.register_forward_hook(after_router)
-    block.register_forward_hook(after_block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,15 @@ from emo_select import progress
 from emo_select.checkpoint import Checkpoint
 from emo_select.errors import SpecError
 from emo_select.experts.batches import ROW_TOKENS, Batch, GroupRows, pack
+from emo_select.experts.frame import Texts
+from emo_select.experts.layers import Embedded, Skeleton
 from emo_select.experts.options import StreamOptions
 from emo_select.experts.prefixes import split, whole
+from emo_select.experts.probe import probe
 from emo_select.experts.rules import LayerRules, layer_rules
 from emo_select.experts.scores import LayerSums
 from emo_select.experts.states import Budget, HiddenStates
-from emo_select.experts.stream import Embedded, Reader, Skeleton
+from emo_select.experts.stream import Reader
 from emo_select.experts.team import Team
 from emo_select.experts.workers import Result, Workers
 from emo_select.models.families import experts_per_layer
@@ -46,8 +50,9 @@ class Pass:
         self.rules: list[LayerRules | None] = layer_rules(checkpoint.config, num_shared)
         self.layers = len(experts_per_layer(checkpoint.config))
         self.reader = Reader(checkpoint, self.device, self.dtype)
-        self.skeleton = Skeleton(checkpoint, self.device, self.dtype)
-        self._count(token_ids, groups or [EVERYTHING] * len(token_ids))
+        tried = probe(checkpoint.config)
+        self.skeleton = Skeleton(self.reader, tried.kinds)
+        self._count(token_ids, groups or [EVERYTHING] * len(token_ids), tried.shares_prefixes)
         self.batches = pack(self.segments, options.batch_tokens())
         self.rows = self.batches[-1].stop if self.batches else 0
         self.budget = Budget(self.device, options.budget_bytes(), options.scratch)
@@ -55,7 +60,7 @@ class Pass:
         self.key = _digest(checkpoint.forward_fingerprint, self.dtype, options.batch_tokens(), ROW_TOKENS,
                            self.team.size, num_shared, token_ids, groups)
 
-    def _count(self, token_ids: Sequence[Sequence[int]], groups: Sequence[str]) -> None:
+    def _count(self, token_ids: Sequence[Sequence[int]], groups: Sequence[str], shares: bool) -> None:
         self.groups = list(dict.fromkeys(groups))
         number = {group: i for i, group in enumerate(self.groups)}
         self.tokens, self.examples = [0] * len(number), [0] * len(number)
@@ -64,17 +69,16 @@ class Pass:
             self.examples[number[group]] += 1
         mine = self.team.share(len(token_ids))
         texts, of_group = [token_ids[i] for i in mine], [number[groups[i]] for i in mine]
-        apart = why_no_mask(self.skeleton.config, max(map(len, texts), default=0))
+        apart = not shares or why_no_mask(self.skeleton.config, max(map(len, texts), default=0))
         self.segments = (whole if apart else split)(texts, of_group)
 
     def embedded(self) -> Embedded:
         """The tokens before the first layer."""
-        return Embedded(self.reader, [segment.tokens for segment in self.segments])
+        return Embedded(self.skeleton)
 
     def new_states(self) -> HiddenStates:
         """Room for the hidden states of this process's tokens."""
-        width = self.skeleton.config.hidden_size
-        return self.budget.allocate(self.rows, width, self.dtype)
+        return self.budget.allocate(self.rows, math.prod(self.skeleton.shape), self.skeleton.dtype)
 
     def group_rows(self, batch: Batch) -> GroupRows:
         """See `Batch.group_rows`."""
@@ -98,8 +102,9 @@ class Pass:
 
     @contextmanager
     def running(self, what: str, streams: int = 1) -> Iterator[Meter]:
-        """Inference mode, progress, and the reader closed at the end."""
+        """The model ready for the texts, inference mode, progress, and the reader closed at the end."""
         try:
+            self.skeleton.take(Texts(self.segments))
             with torch.inference_mode(), progress.track(what, total=self.layers * self.rows * streams) as bar:
                 yield Meter(bar, self.layers)
         finally:

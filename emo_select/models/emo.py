@@ -100,6 +100,14 @@ class EmoRouter(nn.Module):
         """(…, D) → (T, E)."""
         return F.linear(hidden.reshape(-1, hidden.shape[-1]), self.weight)
 
+    def scores(self, hidden: Tensor) -> tuple[Tensor, Tensor, str]:
+        """(…, D) → logits (T, E), the probabilities (T, E) in fp32 that experts are chosen by, how they were made."""
+        logits = self.logits(hidden)
+        if self.always_active or not self.num_shared:
+            return logits, self.probabilities(logits), "softmax"
+        shared = F.softmax(logits[:, self.num_routed:], dim=-1, dtype=torch.float)
+        return logits, torch.cat((self.probabilities(logits[:, :self.num_routed]), shared), dim=-1), "softmax"
+
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (T, E) → weights (T, K) in fp32 and expert indices (T, K); weights are softmax probabilities.
 

@@ -84,6 +84,7 @@ class Family:
     listed_shared: bool = False  # the last num_shared_experts rows of the router are shared experts
     separate_shared: tuple[str, ...] = ()  # submodules of always-on experts that the router does not list
     renames: tuple[tuple[str, str], ...] = ()  # disk → memory, for names that are no expert tensors
+    layers: str = "model.layers"  # where the model in memory has its decoder layers
     moe_module: str = "mlp"
     router_module: str = "mlp.gate"
     experts_module: str = "mlp.experts"
@@ -339,6 +340,14 @@ def layer_parameters(checkpoint: Checkpoint, layer: int, experts: Sequence[int] 
     plain = [ParameterSource(family.in_memory(name), name) for name in checkpoint.layers.get(layer, ())
              if (role := family.role(name)).kind != "expert" and role.suffix not in expert_names]
     return plain + (expert_parameters(family, layer, kept) if count else [])
+
+
+def model_parameters(checkpoint: Checkpoint) -> list[ParameterSource]:
+    """Sources of what the decoder has outside its layers: embeddings, norms; not the head."""
+    family = family_of(checkpoint.config)
+    decoder = family.layers.rpartition(".")[0] + "."
+    return [ParameterSource(family.in_memory(name), name) for name in checkpoint.tensors
+            if name.startswith(decoder) and not LAYER_NAME.fullmatch(name)]
 
 
 def expert_parameters(family: Family, layer: int, experts: Sequence[int]) -> list[ParameterSource]:

@@ -17,6 +17,7 @@ from emo_select.analysis.routing import extract, probabilities
 from emo_select.checkpoint import open_checkpoint
 from emo_select.errors import SpecError
 from emo_select.experts import StreamOptions
+from emo_select.experts.routers import Scores
 from emo_select.experts.stream import Reader
 from emo_select.models import load_model
 
@@ -69,8 +70,9 @@ def test_every_architecture_as_the_model_itself(model: str, small: Build, golden
 
 
 def test_sigmoid_routers_give_a_distribution() -> None:
-    found = probabilities(torch.tensor([[0.0, 2.0, -1.0]]), "sigmoid")
-    affinities = torch.tensor([0.0, 2.0, -1.0]).sigmoid()
+    logits = torch.tensor([[0.0, 2.0, -1.0]])
+    found = probabilities(Scores(logits, logits.sigmoid(), "sigmoid"), 3)
+    affinities = logits[0].sigmoid()
     torch.testing.assert_close(found[0], affinities / affinities.sum())
 
 
