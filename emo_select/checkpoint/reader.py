@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from emo_select.checkpoint.fingerprint import Content, content_of
 from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE, TensorInfo, read_header, read_weight_map
 from emo_select.checkpoint.quantised import FLOATS, Formats, formats_of
-from emo_select.checkpoint.sources import resolve
+from emo_select.checkpoint.sources import resolve, torch_files
 from emo_select.checkpoint.values import check_values
 from emo_select.errors import CheckpointError
+from emo_select.progress import say_once
 from emo_select.textfile import read_json_object
 
 if TYPE_CHECKING:
@@ -259,20 +261,34 @@ def _read_headers(directory: Path) -> dict[str, TensorInfo]:
         return read_header(directory / SINGLE)
     if (directory / INDEX).exists():
         return _read_indexed(directory)
-    raise CheckpointError(f"{directory} has no {SINGLE} and no {INDEX}; only safetensors checkpoints can be read.")
+    if torch_files(directory):
+        raise CheckpointError(f"{directory} has its weights in pickles ({torch_files(directory)[0].name}), which are "
+                              f"not read; convert them once: emo-select convert {shlex.quote(str(directory))} --to "
+                              "safetensors --out FOLDER")
+    other = next((path.name for suffix in ("*.gguf", "*.pth", "*.h5") for path in sorted(directory.glob(suffix))), None)
+    there = f" ({other} is in another format)" if other else ""
+    raise CheckpointError(f"{directory} has no {SINGLE} and no {INDEX}{there}; only safetensors checkpoints can be "
+                          "read.")
 
 
 def _read_indexed(directory: Path) -> dict[str, TensorInfo]:
+    """The tensors of all shards that the index names, also those that it does not list, as transformers has it.
+
+    Of a tensor that lies in several (one laid over another) the index says which counts.
+    """
     weight_map = read_weight_map(directory / INDEX)
     tensors: dict[str, TensorInfo] = {}
     for shard in dict.fromkeys(weight_map.values()):
         header = read_header(directory / shard)
         twice = header.keys() & tensors.keys()
-        if twice:
-            raise CheckpointError(f"{min(twice)} is in two shards of {directory}, "
-                                  f"{tensors[min(twice)].shard} and {shard}.")
-        tensors.update(header)
+        if unclear := min((name for name in twice if name not in weight_map), default=None):
+            raise CheckpointError(f"{unclear} is in two shards of {directory}, {tensors[unclear].shard} and {shard}, "
+                                  f"and {INDEX} does not say which one counts.")
+        for name in (name for name in sorted(twice) if weight_map[name] != max(shard, tensors[name].shard)):
+            say_once(f"{name} is in two shards of {directory}; {weight_map[name]} counts, as {INDEX} says, but "
+                     "transformers takes the last one.")
+        tensors |= {name: info for name, info in header.items() if weight_map.get(name, shard) == shard}
     for name, shard in weight_map.items():
-        if name not in tensors or tensors[name].shard != shard:
+        if name not in tensors:
             raise CheckpointError(f"{INDEX} in {directory} says that {shard} holds {name}, but it does not.")
     return tensors

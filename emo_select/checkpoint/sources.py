@@ -17,6 +17,7 @@ PUBLISHED = (
 DATA_DIR_VARIABLE = "EMO_SELECT_DATA_DIR"
 MODELS = "models"  # the data folder's own folder of models
 # Code comes along as text, so that a pruned copy still has it; nothing runs it unless the user asks for that.
+TORCH_FILES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "README.md", "LICENSE*",
              "NOTICE*")
 
@@ -120,6 +121,11 @@ def is_whole(folder: Path) -> bool:
     index = folder / "model.safetensors.index.json"
     shards = set(read_weight_map(index).values()) if index.exists() else {"model.safetensors"}
     return all((folder / shard).exists() for shard in shards)
+
+
+def torch_files(folder: Path) -> list[Path]:
+    """The weights of a folder in PyTorch's own files, which are not read as a checkpoint; sorted."""
+    return sorted(path for pattern in TORCH_FILES for path in folder.glob(pattern))
 
 
 def _cached(source: str, revision: str | None) -> Path | None:

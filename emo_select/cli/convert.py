@@ -22,6 +22,7 @@ class Format(StrEnum):
 
     HF = "hf"
     OLMO_CORE = "olmo-core"
+    SAFETENSORS = "safetensors"
 
 
 def register(app: typer.Typer) -> None:
@@ -31,9 +32,10 @@ def register(app: typer.Typer) -> None:
 
 def convert(
     checkpoint: Annotated[str, typer.Argument(
-        metavar="CHECKPOINT", help="A training's folder step<N>, or a released checkpoint: folder, Hub id or "
-                                   "demo/NAME.")],
-    to: Annotated[Format, typer.Option("--to", help="hf: training to released; olmo-core: the other way.",
+        metavar="CHECKPOINT", help="A training's folder step<N>; a released checkpoint: folder, Hub id or demo/NAME; "
+                                   "a folder with pytorch_model.bin.")],
+    to: Annotated[Format, typer.Option("--to", help="hf: training to released; olmo-core: the other way; safetensors: "
+                                                   "from pickled weights (*.bin).",
                                        rich_help_panel=RUN)],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.", rich_help_panel=OUTPUT)],
     dtype: Annotated[str | None, typer.Option("--dtype", show_default="hf: as stored, olmo-core: float32",
@@ -71,17 +73,35 @@ def convert(
     from emo_select.experts.prune import parse_size
 
     limit = parse_size(max_shard_size)
+    hf_only = {"--cut-vocabulary": cut_vocabulary, "--max-length": max_length, "--tokenizer": tokenizer,
+               "--published-config": published_config}
+    if to is Format.SAFETENSORS:
+        _only_for(TO_CORE, {"--pool": pool, "--eval-pool": eval_pool})
+        _only_for(TO_HF, {**hf_only, "--dtype": dtype, "--check": check})
+        _to_safetensors(checkpoint, out, limit, dry_run=dry_run, as_json=as_json)
+        return
     if to is Format.HF:
         _only_for(TO_CORE, {"--pool": pool, "--eval-pool": eval_pool})
         report = _to_hf(Path(checkpoint), out, dry_run, dtype=dtype, cut_vocabulary=cut_vocabulary,
                         max_length=max_length, tokenizer=tokenizer, published_config=published_config,
                         max_shard_bytes=limit)
     else:
-        _only_for(TO_HF, {"--cut-vocabulary": cut_vocabulary, "--max-length": max_length, "--tokenizer": tokenizer,
-                          "--published-config": published_config})
+        _only_for(TO_HF, hf_only)
         report = _to_olmo_core(checkpoint, out, dry_run, dtype or "float32", _pools(pool, eval_pool), pad_to, limit)
     agreement = _compare(checkpoint, out, to, report["dtype"]) if check and not dry_run else None
     _report(report, out, agreement, written=not dry_run, as_json=as_json)
+
+
+def _to_safetensors(checkpoint: str, out: Path, limit: int | None, *, dry_run: bool, as_json: bool) -> None:
+    from emo_select.convert.torch_files import to_safetensors
+    from emo_select.progress import say
+
+    report = to_safetensors(checkpoint, out, limit, dry_run=dry_run)
+    if as_json:
+        common.emit({**report, "directory": str(out), "written": not dry_run})
+        return
+    say(f"{'Would write' if dry_run else 'Wrote'} {out}: {report['tensors']} tensors, {common.size(report['bytes'])}, "
+        f"with at most {common.size(report['memory_bytes'])} in memory.")
 
 
 def _to_hf(checkpoint: Path, out: Path, dry_run: bool, **options: Any) -> dict[str, Any]:

@@ -140,9 +140,30 @@ def test_an_index_that_does_not_fit_is_refused(sharded: Path) -> None:
 
 
 def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
-    shutil.copy(sharded / "model-00001-of-00004.safetensors", sharded / "model-00002-of-00004.safetensors")
-    with pytest.raises(CheckpointError, match="two shards"):
+    index = json.loads((sharded / INDEX).read_text())
+    twice = next(name for name, shard in index["weight_map"].items() if shard == "model-00001-of-00004.safetensors")
+    shutil.copy(sharded / "model-00001-of-00004.safetensors", sharded / "copy.safetensors")
+    index["weight_map"]["more"] = "copy.safetensors"
+    del index["weight_map"][twice]
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"{twice} is in two shards.*does not say which"):
         open_checkpoint(sharded)
+
+
+def test_a_shard_laid_over_others_counts_where_the_index_names_it(sharded: Path, capsys: pytest.CaptureFixture[str]
+                                                                 ) -> None:
+    from safetensors.torch import save_file
+
+    index = json.loads((sharded / INDEX).read_text())
+    save_file({"model.norm.weight": torch.full((64,), 7.0), "not.listed": torch.ones(1)},
+              sharded / "overlay.safetensors")
+    for shard in ("overlay.safetensors", index["weight_map"]["model.norm.weight"]):
+        index["weight_map"]["model.norm.weight"] = shard
+        (sharded / INDEX).write_text(json.dumps(index))
+        with open_checkpoint(sharded) as checkpoint:
+            overlaid = "overlay" in index["weight_map"]["model.norm.weight"]
+            assert bool((checkpoint.read("model.norm.weight") == 7).all()) == overlaid
+            assert ("not.listed" in checkpoint.tensors) == overlaid
 
 
 def test_folders_without_config_or_weights(tmp_path: Path) -> None:
@@ -153,7 +174,7 @@ def test_folders_without_config_or_weights(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"never unpickled")
-    with pytest.raises(CheckpointError, match="only safetensors"):
+    with pytest.raises(CheckpointError, match="convert them once"):
         open_checkpoint(tmp_path)
 
 
