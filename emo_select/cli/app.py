@@ -22,7 +22,7 @@ from emo_select.errors import EmoSelectError
 from emo_select.faults import translated
 
 # Order of the groups in --help; each module has `register(app)`.
-GROUPS = ("run", "select", "prune", "finetune", "compose", "evaluate", "table", "sweep", "tasks", "clusters",
+GROUPS = ("run", "select", "prune", "finetune", "compose", "evaluate", "serve", "table", "sweep", "tasks", "clusters",
           "coverage", "pretrain", "pretrain_demo", "data", "convert", "export", "info")
 
 app = typer.Typer(

@@ -27,10 +27,11 @@ def writable(param: typer.CallbackParam, value: Path | None) -> Path | None:
 RUN, CALIBRATE, TRAIN, SCORE, MACHINE, OUTPUT = "Run", "Calibration", "Finetuning", "Evaluation", "Machine", "Output"
 
 
-def writable_file(param: typer.CallbackParam, value: Path) -> Path:
+def writable_file(param: typer.CallbackParam, value: Path | None) -> Path | None:
     """Refuse a file that could not be written, or another's, before any work; the argument's callback."""
-    require_writable(value.parent, hint="name a file somewhere else")
-    require_own_files(value)
+    if value is not None:
+        require_writable(value.parent, hint="name a file somewhere else")
+        require_own_files(value)
     return value
 
 

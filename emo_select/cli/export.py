@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emo_select.cli import common
+from emo_select.cli import common, completion
 from emo_select.cli.common import OUTPUT, RUN
 
 if TYPE_CHECKING:
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    exports = typer.Typer(no_args_is_help=True, help="A pruned model in the format of another program.")
+    exports = typer.Typer(no_args_is_help=True, help="A pruned model, or what was kept, in the format of another program.")
     exports.command()(gguf)
+    exports.command("keep-list")(keep_list)
     app.add_typer(exports, name="export", rich_help_panel="Single stages")
 
 
@@ -62,3 +63,26 @@ def _report(plan: GgufPlan, out: Path, *, written: bool, as_json: bool) -> None:
         return
     say(f"{'Wrote' if written else 'Would write'} {out / FILE}: {ARCHITECTURE}, {plan.stored}, "
         f"{common.size(plan.bytes)}, texts split as in {plan.vocabulary.pre}.")
+
+
+def keep_list(
+    selection: Annotated[Path, typer.Argument(help="A run directory, a selection.json or a pruned model.",
+                                              autocompletion=completion.runs)],
+    form: Annotated[str, typer.Option("--format", "-f", help="mask, jsonl, ordered or profile.",
+                                      rich_help_panel=OUTPUT)] = "jsonl",
+    model: Annotated[str | None, typer.Option("--model", "-m", show_default="the one selected on",
+                                              help=common.MODEL_HELP, rich_help_panel=RUN)] = None,
+    data_dir: common.DataDir = None,
+    to: Annotated[Path | None, typer.Option("--to", callback=common.writable_file, show_default="stdout",
+                                            help="File to write.", rich_help_panel=OUTPUT)] = None,
+) -> None:
+    """Write which experts were kept as engines read it that load the unpruned model and leave out the others."""
+    from emo_select.export.keep_list import keep_list as text_of
+    from emo_select.storage import write_output
+
+    text = text_of(selection, form, model)
+    if to is None:
+        typer.echo(text, nl=False)
+    else:
+        write_output(to, text.encode())
+        typer.echo(to)

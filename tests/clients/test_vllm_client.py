@@ -25,7 +25,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     plain = save_emo(root / "plain", num_experts=16, num_shared_experts=0)
     qwen = save_stock("Qwen3Moe", root / "qwen", num_experts=16, moe_intermediate_size=32, head_dim=32)
     olmoe = save_stock("Olmoe", root / "olmoe_full", num_experts=16)
+    uneven = save_emo(root / "uneven_full", num_experts_per_layer=[0, 16, 8], num_shared_experts_per_layer=[0, 1, 2],
+                      num_hidden_layers=3, dense_intermediate_size=48, dense_mlp_bias=True)
+    other = save_emo(root / "other_full", attention_bias=True, head_dim=64, tie_word_embeddings=True, num_experts=16,
+                     num_key_value_heads=1)
+    active = save_emo(root / "active_full", num_experts=16, num_shared_experts=0, always_active_experts=[2, 5])
     return {
+        "emo_dense_first_uneven": prune(uneven, root / "uneven", 6),
+        "emo_biases_head_size_tied": prune(other, root / "other", 6),
+        "emo_always_active": prune(active, root / "active", 6),
         "emo_16": prune(emo, root / "emo_16", 16), "emo_3": prune(emo, root / "emo_3", 3),
         "emo_shards": prune(emo, root / "emo_shards", 16, max_shard_size="300KB"),
         "emo_no_shared": prune(plain, root / "emo_no_shared", 6),
@@ -33,10 +41,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def test_vllm_gives_the_same_numbers(checkpoints: dict[str, Path], ask: Any) -> None:
+@pytest.mark.parametrize("release", ["vllm", "vllm_oldest"])
+def test_vllm_gives_the_same_numbers(release: str, checkpoints: dict[str, Path], ask: Any) -> None:
     job = {"models": {name: str(path) for name, path in checkpoints.items()}, "rows": prompts(),
            "new_tokens": NEW_TOKENS}
-    answers = ask("vllm", job)
+    answers = ask(release, job)
     for name, path in checkpoints.items():
         for seen, wanted in zip(answers[name], expected(path, job["rows"], NEW_TOKENS), strict=True):
             assert seen["log_probabilities"] == pytest.approx(wanted["log_probabilities"], abs=1e-4), name

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from emo_select.errors import ModelError, UnknownNameError, UsageError
+from emo_select.errors import UnknownNameError, UsageError
 from emo_select.evaluate import EvalOptions, evaluate_keep_set, load_engine, vllm
 from emo_select.evaluate.vllm import RENAMED, routing_function
 from emo_select.experts.keepset import KeepSet
@@ -79,14 +79,14 @@ def test_routing_equals_the_native_block(changes: dict[str, Any]) -> None:
     hidden = torch.randn(1, 50, SIZES["hidden_size"])
     with torch.no_grad():
         logits = hidden[0] @ block.gate.weight.T
-        weights, index = routing_function(model.config)(hidden[0], logits, model.config.num_experts_per_tok, False)
+        weights, index = routing_function(model.config, 0)(hidden[0], logits, model.config.num_experts_per_tok, False)
         assert weights.dtype == torch.float32 and index.dtype == torch.int32
         assert torch.allclose(block.experts(hidden[0], index.long(), weights), block(hidden)[0], atol=1e-6)
 
 
 def test_what_vllm_cannot_run_is_said() -> None:
-    with pytest.raises(ModelError, match="same experts count"):
-        routing_function(EmoConfig(**SIZES, num_experts_per_layer=[9], num_shared_experts_per_layer=[1]))
+    assert "dense baseline" in str(vllm.unservable({"model_type": "olmo2_noqknorm_prenorm"}))
+    assert vllm.unservable({"model_type": "emo", "hidden_size": 32, "num_attention_heads": 4}) is None
     with pytest.raises(UsageError, match="pip install"):
         load_engine("demo/emo", EvalOptions(backend="vllm"))
     with pytest.raises(UnknownNameError, match="vllm"):
