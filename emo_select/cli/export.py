@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    exports = typer.Typer(no_args_is_help=True, help="A pruned model, or what was kept, in the format of another program.")
+    exports = typer.Typer(no_args_is_help=True, help="A pruned model, or which experts it keeps, for another program.")
     exports.command()(gguf)
     exports.command("keep-list")(keep_list)
     app.add_typer(exports, name="export", rich_help_panel="Single stages")

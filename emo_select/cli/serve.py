@@ -23,7 +23,7 @@ def serve(
     model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run directory (its last checkpoint), a folder, a "
                                          "Hub id or demo/NAME.", autocompletion=completion.runs)],
     options: Annotated[list[str] | None, typer.Argument(
-        metavar="[-- OPTIONS]", help="Options for the engine, after --.")] = None,
+        metavar="-- OPTIONS", help="Options for the engine, after --.")] = None,
     keep_set: Annotated[Path | None, typer.Option(
         "--keep-set", help="A selection: the model is pruned to it first.", rich_help_panel=RUN)] = None,
     checkpoint: Annotated[int | None, typer.Option("--checkpoint", min=0, show_default="the last", rich_help_panel=RUN,

@@ -47,6 +47,7 @@ def test_registration_is_repeatable_and_names_a_class_that_exists(registry: dict
 def test_the_entry_point_is_declared() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project["entry-points"]["vllm.general_plugins"] == {"emo_select": "emo_select.evaluate.vllm:register"}
+    assert project["optional-dependencies"]["vllm"] == [f"vllm>={'.'.join(map(str, vllm.OLDEST))}"]
 
 
 def test_tensor_names_become_those_of_vllms_olmoe(make_model: Any, tmp_path: Path) -> None:
