@@ -8,7 +8,7 @@ caller takes over with what the model would give it, and the run ends there.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,11 @@ from emo_select.experts.prefixes import Ids, Segment
 
 Action = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Any]
 """Takes a layer's place: its hidden states (B, S, …), the other arguments by position and by name."""
+
+
+def the_hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """An action that does nothing."""
+    return hidden
 
 
 class Texts:
@@ -48,14 +53,17 @@ class Frame:
     def __init__(self, base: nn.Module, layers: Sequence[nn.Module], texts: Texts, returns: Sequence[int],
                  device: torch.device) -> None:
         self._base, self._texts, self._device = base, texts, device
-        self._of_thread = threading.local()
+        self._of_thread, self._layers = threading.local(), len(layers)
         for index, layer in enumerate(layers):
             layer.forward = partial(self._at, index, returns[index])
 
-    def run(self, layer: int, action: Action, batch: Batch | None = None) -> Any:
-        """What `action` returns in place of `layer`; without a batch it gets the arguments for a single token."""
+    def run(self, layer: int, action: Action, batch: Batch | None = None, below: Action = the_hidden) -> Any:
+        """What `action` returns in place of `layer`; without a batch it gets the arguments for a single token.
+
+        The layers below it hand on what `below` returns in their place.
+        """
         here, extra = self._of_thread, {}
-        here.layer, here.action, here.result = layer, action, None
+        here.layer, here.action, here.below, here.result = layer, action, below, None
         ids = self._texts.one() if batch is None else self._texts.padded(batch)
         if batch is not None and batch.parent is not None:
             extra = {"attention_mask": batch.mask(self._mask_dtype, self._device),
@@ -65,8 +73,28 @@ class Frame:
         except _Done:
             return here.result
         finally:
-            here.action = here.result = None  # nothing of a batch stays behind
+            here.action = here.below = here.result = None  # nothing of a batch stays behind
         raise ModelError(f"The model's forward does not come to its layer {layer}.")
+
+    def first_that_looks_further(self) -> int | None:
+        """The first layer whose other arguments depend on what the layers below it gave; None: there is no such layer.
+
+        Such a layer cannot be run from the states in front of it alone.
+        """
+        def arguments(change: float) -> list[list[Tensor]]:
+            found: list[list[Tensor]] = []
+
+            def note(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+                found.append([value.clone() for value in _tensors((args, kwargs))])
+                return hidden + change
+
+            self.run(self._layers - 1, note, below=note)
+            return found
+
+        for layer, (a, b) in enumerate(zip(arguments(0), arguments(1), strict=True)):
+            if len(a) != len(b) or not all(map(torch.equal, a, b)):
+                return layer
+        return None
 
     @property
     def _mask_dtype(self) -> torch.dtype:
@@ -77,13 +105,21 @@ class Frame:
         hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         here = self._of_thread
         if index < here.layer:
-            return as_returned(hidden, returns)
+            return as_returned(here.below(hidden, rest, kwargs), returns)
         here.result = here.action(hidden, rest, kwargs)
         raise _Done
 
 
 class _Done(Exception):
     """The layer that was asked for has been reached."""
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 def as_returned(value: Any, returns: int) -> Any:

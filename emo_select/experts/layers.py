@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emo_select.errors import CheckpointError
+from emo_select.errors import CheckpointError, ModelError
 from emo_select.experts.batches import Batch
-from emo_select.experts.frame import Frame, Texts, as_returned, first_of
+from emo_select.experts.frame import Frame, Texts, as_returned, first_of, the_hidden
 from emo_select.experts.keepset import KeepSet
 from emo_select.experts.kinds import Kinds, kind_of
 from emo_select.experts.moe import Recorder, streamed_experts
@@ -66,8 +66,11 @@ class Skeleton:
         self._reader.fill_around(self._base, self._layers, texts.used)
         returns = [kind.returns for kind in self._kinds]
         self.frame = Frame(self._base, self._layers, texts, returns, self._reader.device)
-        first: Tensor = self.frame.run(0, _hidden)
+        first: Tensor = self.frame.run(0, the_hidden)
         self.shape, self.dtype = first.shape[2:], first.dtype
+        if (layer := self.frame.first_that_looks_further()) is not None:
+            raise ModelError(f"Layer {layer} of this model also looks at what layers further below gave, so its layers "
+                             "cannot be run one at a time.")
 
     def front(self, shell: Shell) -> Front:
         """What can run of the shell's layer, with the router of the unpruned layer, before experts are chosen."""
@@ -122,7 +125,8 @@ class Skeleton:
         return Ear(layer.get_submodule(self._family.router_module), self._experts[index])
 
     def _record(self, layer: nn.Module, recorder: Recorder) -> None:
-        Ear(layer.get_submodule(self._family.router_module), recorder.rules.experts, recorder.scored)
+        Ear(layer.get_submodule(self._family.router_module), recorder.rules.experts, recorder.scored,
+            recorder.chosen)
         block = self._family.moe_module or self._family.experts_module  # some layers mix experts in by themselves
 
         def after_block(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -167,7 +171,7 @@ class Embedded:
 
     def read(self, batch: Batch) -> Tensor:
         """What the first layer gets for a batch, (T, width)."""
-        found: Tensor = self._skeleton.frame.run(0, _hidden, batch)
+        found: Tensor = self._skeleton.frame.run(0, the_hidden, batch)
         return batch.unpad(found.flatten(2))
 
 
@@ -360,10 +364,6 @@ def _require_known(shell: Shell, layer: nn.Module) -> None:
     if unknown := sorted(shell.tensors.keys() - known):
         raise CheckpointError(f"Layer {shell.layer} of a {type(layer).__name__} has no {unknown[0]}; config.json does "
                               "not fit the weights.")
-
-
-def _hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return hidden
 
 
 def _layers_alike(config: Mapping[str, Any]) -> bool:

@@ -5,6 +5,7 @@ Shapes: T tokens, E experts of the layer, K experts per token, D hidden, S = T·
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -61,7 +62,14 @@ class Recorder(threading.local):
 
     def measured(self, norms: Tensor) -> None:
         """L2 norms (T, K) in fp32 of the chosen experts' outputs, before weighting."""
-        self._norms = self._tokens(norms)
+        self._measured(self._tokens(norms))
+
+    def measured_all(self, norms: Tensor) -> None:
+        """The same for all experts (T, E)."""
+        self._measured(self._tokens(norms).gather(1, self._index))
+
+    def _measured(self, norms: Tensor) -> None:
+        self._norms = norms
         self._add_chosen("norm", self._norms)
         self._add_chosen("reap", self._gates * self._norms)
         if "reap_renormalised" in self.sums.values:
@@ -105,6 +113,8 @@ class Recorder(threading.local):
 def streamed_experts(template: nn.Module, weights: Mapping[str, Tensor], rows: Tensor | None,
                      recorder: Recorder | None) -> nn.Module:
     """The experts of a layer with weights that were read from disk; see `StreamedExperts`."""
+    if len(inspect.signature(template.forward).parameters) == 1:
+        return RepeatedExperts(template, weights, rows, recorder)
     by_flags = hasattr(template, "_apply_gate") and hasattr(template, "is_transposed")
     return (StreamedExperts if by_flags else FilledExperts)(template, weights, rows, recorder)
 
@@ -154,10 +164,7 @@ class FilledExperts(nn.Module):
                  recorder: Recorder | None = None) -> None:
         super().__init__()
         self.module, self.recorder = template, recorder
-        for name, parameter in dict(template.named_parameters()).items():
-            owner, _, leaf = name.rpartition(".")
-            chosen = weights[name] if rows is None else weights[name].index_select(0, rows)
-            template.get_submodule(owner)._parameters[leaf] = nn.Parameter(_as_wide(chosen, parameter.shape), False)
+        _fill(template, weights, rows)
 
     def forward(self, hidden: Tensor, index: Tensor, gates: Tensor) -> Any:
         """As the module computes it: hidden (T, D), index and gates (T, K)."""
@@ -176,6 +183,40 @@ class FilledExperts(nn.Module):
             output = self.module(hidden[token], alone, hidden.new_ones(len(token), 1))
             norms[token, slot] = torch.linalg.vector_norm(output.reshape(len(token), -1), dim=-1, dtype=torch.float32)
         return norms
+
+
+class RepeatedExperts(nn.Module):
+    """Experts that are called with all tokens once per expert, each multiplied by its gate, so that most are zero.
+
+    Only tokens that are not zero are run, by the module itself. Arguments are those of `StreamedExperts`.
+    """
+
+    def __init__(self, template: nn.Module, weights: Mapping[str, Tensor], rows: Tensor | None = None,
+                 recorder: Recorder | None = None) -> None:
+        super().__init__()
+        self.module, self.recorder = template, recorder
+        _fill(template, weights, rows)
+        self._experts = len(next(template.parameters()))
+
+    def forward(self, repeated: Tensor) -> Tensor:
+        """(E·T, D) → (E·T, D)."""
+        values = repeated.view(self._experts, -1, repeated.shape[-1])
+        used = values.ne(0).any(dim=-1)
+        most = max(1, int(used.sum(dim=1).max()))
+        places = used.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most, None].expand(
+            -1, -1, values.shape[-1])
+        found = self.module(values.gather(1, places).flatten(0, 1)).view(places.shape)
+        output = torch.zeros_like(values).scatter_(1, places, found)
+        if self.recorder is not None and self.recorder.needs_norms:
+            self.recorder.measured_all(torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32).T)
+        return output.flatten(0, 1)
+
+
+def _fill(template: nn.Module, weights: Mapping[str, Tensor], rows: Tensor | None) -> None:
+    for name, parameter in dict(template.named_parameters()).items():
+        owner, _, leaf = name.rpartition(".")
+        chosen = weights[name] if rows is None else weights[name].index_select(0, rows)
+        template.get_submodule(owner)._parameters[leaf] = nn.Parameter(_as_wide(chosen, parameter.shape), False)
 
 
 def _as_wide(values: Tensor, shape: torch.Size) -> Tensor:

@@ -57,11 +57,16 @@ class ExpertsReached(Exception):
 
 
 class Ear:
-    """Listens to the router of a layer with E experts, in whichever thread it runs."""
+    """Listens to the router of a layer with E experts, in whichever thread it runs.
 
-    def __init__(self, router: nn.Module, experts: int, told: Callable[[Scores], None] | None = None) -> None:
-        self._experts, self._told, self._of_thread = experts, told, threading.local()
+    `scored` is told its scores; `chosen` the gates and index, where the router and not the call of the experts says
+    them.
+    """
+
+    def __init__(self, router: nn.Module, experts: int, scored: Callable[[Scores], None] | None = None,
+                 chosen: Callable[[Tensor, Tensor], None] | None = None) -> None:
         self.router, self._plain = router, router.forward
+        self._experts, self._scored, self._chosen, self._of_thread = experts, scored, chosen, threading.local()
         router.forward = self._forward
 
     def ask(self, run: Callable[[], Any]) -> Routing:
@@ -78,9 +83,16 @@ class Ear:
             output = self._plain(*args, **kwargs)
         self._of_thread.output = output
         self._of_thread.scores = scores_of(heard.notes, output, self._experts)
-        if self._told is not None:
-            self._told(self._of_thread.scores)
+        if self._scored is not None:
+            self._scored(self._of_thread.scores)
+        if self._chosen is not None and says_gates(output):
+            self._chosen(*choice(output))
         return output
+
+
+def says_gates(output: Any) -> bool:
+    """Whether a router returns the gates of all experts, of which most are zero, beside their logits."""
+    return isinstance(output, tuple) and len(output) == 2 and output[0].shape == output[1].shape
 
 
 class Nowhere(nn.Module):
@@ -94,13 +106,12 @@ class Nowhere(nn.Module):
 def choice(output: Any, *called: Any) -> tuple[Tensor, Tensor]:
     """Gates and index (T, K) from the arguments of the experts: hidden states, index, gates.
 
-    Experts that are called with hidden states alone (llama4) got them multiplied by a dense (T, E) of the router.
+    Experts that are called with hidden states alone got them multiplied by gates, which the router says for all.
     """
     if len(called) > 2:
         return called[2].reshape(-1, called[2].shape[-1]), called[1].reshape(-1, called[1].shape[-1])
-    dense: Tensor = output[0]
-    most = int((dense != 0).sum(dim=-1).max())
-    gates, index = dense.topk(most, dim=-1)
+    every: Tensor = output[0]
+    gates, index = every.topk(int((every != 0).sum(dim=-1).max()), dim=-1)
     return gates, index
 
 
