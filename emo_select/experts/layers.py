@@ -300,8 +300,8 @@ class NoAttention(nn.Module):
         self._returns = returns
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """A zero that broadcasts."""
-        return as_returned(hidden_states.new_zeros(()), self._returns)
+        """Zeros that take no memory."""
+        return as_returned(hidden_states.new_zeros(1).expand_as(hidden_states), self._returns)
 
 
 class NoExperts(nn.Module):
@@ -318,9 +318,9 @@ class NoExperts(nn.Module):
         return value
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """A zero that broadcasts."""
+        """Zeros that take no memory."""
         self._of_thread.seen = hidden
-        return as_returned(hidden.new_zeros(()), self._returns)
+        return as_returned(hidden.new_zeros(1).expand_as(hidden), self._returns)
 
 
 class Zeros(nn.Module):

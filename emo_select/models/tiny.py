@@ -43,6 +43,15 @@ def tiny_config(config: Config, layers: int) -> dict[str, Any]:
     return {key: _value(config, key, value, count, layers) for key, value in config.items()}
 
 
+def every_key(config: Config, length: int) -> dict[str, Any]:
+    """`config` with attention that looks at all of up to `length` keys where it would look for the best few of them.
+
+    In a small copy many are equally good, and any of them may be taken.
+    """
+    return {key: every_key(value, length) if isinstance(value, dict)
+            else max(value, length) if key == "index_topk" and value else value for key, value in config.items()}
+
+
 def _value(config: Config, key: str, value: Any, count: int | None, layers: int) -> Any:
     if isinstance(value, dict):
         return _rope(value, config) if key in ("rope_scaling", "rope_parameters") else tiny_config(value, layers)
