@@ -244,7 +244,7 @@ def _check_uniform(checkpoint: Checkpoint, family: Family, keep_set: KeepSet, al
         raise KeepKError(f"The selection keeps {min(sizes)} to {max(sizes)} experts per layer; pass --allow-nonuniform "
                          "to write such a checkpoint.")
     say("Layers keep different numbers of experts: emo-select (in vLLM, too) and the published remote code load this, "
-        "through num_experts_per_layer; other programs do not.")
+        "through num_experts_per_layer; stock transformers and other programs do not.")
 
 
 def parse_size(size: str | int | None) -> int | None:
