@@ -18,7 +18,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from emo_select.checkpoint.fingerprint import Content, content_of
-from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE, TensorInfo, read_header, read_weight_map
+from emo_select.checkpoint.header import (
+    DTYPES,
+    SAFETENSORS_DTYPE,
+    TensorInfo,
+    read_header,
+    read_weight_map,
+    tensor_bytes,
+)
 from emo_select.checkpoint.quantised import FLOATS, Formats, formats_of
 from emo_select.checkpoint.sources import resolve, torch_files
 from emo_select.checkpoint.values import check_values
@@ -112,29 +119,29 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory} has no tensor {name}; its config.json does not fit its weights.")
         return self.tensors[name]
 
-    def read(self, name: str, rows: Sequence[int] | None = None) -> torch.Tensor:
-        """The tensor (or its `rows` along axis 0, in that order) on the CPU in its stored dtype, own memory."""
+    def read(self, name: str, rows: Sequence[int] | None = None, axis: int = 0) -> torch.Tensor:
+        """The tensor (or its `rows` along `axis`, in that order) on the CPU in its stored dtype, own memory."""
         import torch
 
         info = self.info(name)
-        shape = info.shape if rows is None else (len(rows), *info.shape[1:])
+        shape = info.shape if rows is None else (*info.shape[:axis], len(rows), *info.shape[axis + 1:])
         out = torch.empty(shape, dtype=getattr(torch, DTYPES[info.dtype][1]))
-        self.read_into(name, out, rows)
+        self.read_into(name, out, rows, axis)
         return out
 
-    def read_into(self, name: str, out: torch.Tensor, rows: Sequence[int] | None = None) -> None:
+    def read_into(self, name: str, out: torch.Tensor, rows: Sequence[int] | None = None, axis: int = 0) -> None:
         """Read the tensor's bytes (or `rows` of it) into `out`: contiguous, on the CPU, of the stored dtype."""
         import torch
 
         info = self.info(name)
         if not out.is_contiguous() or str(out.dtype) != f"torch.{DTYPES[info.dtype][1]}":
             raise ValueError(f"{name} is stored as {info.dtype}; cannot read it into {out.dtype} {tuple(out.shape)}")
-        self.read_bytes_into(name, out.view(-1).view(torch.uint8).numpy().data, rows)
+        self.read_bytes_into(name, out.view(-1).view(torch.uint8).numpy().data, rows, axis)
 
-    def read_bytes_into(self, name: str, buffer: memoryview, rows: Sequence[int] | None = None) -> None:
+    def read_bytes_into(self, name: str, buffer: memoryview, rows: Sequence[int] | None = None, axis: int = 0) -> None:
         """Fill `buffer` with the tensor's raw bytes, or with those of `rows`; sizes must agree."""
         at = 0
-        for offset, count in self.ranges(name, rows):
+        for offset, count in self.ranges(name, rows, axis):
             if at + count > len(buffer):
                 raise ValueError(f"{name} does not fit the buffer of {len(buffer)} bytes")
             self._fill(self.tensors[name].shard, buffer[at:at + count], offset)
@@ -142,7 +149,7 @@ class Checkpoint:
         if at != len(buffer):
             raise ValueError(f"{name} has {at} bytes, the buffer {len(buffer)}")
 
-    def pieces(self, name: str, rows: Sequence[int] | None = None) -> Iterator[memoryview]:
+    def pieces(self, name: str, rows: Sequence[int] | None = None, axis: int = 0) -> Iterator[memoryview]:
         """The bytes of the tensor or of `rows`, in order.
 
         All pieces that a thread gets are views of one buffer: use each before asking for the next.
@@ -150,22 +157,24 @@ class Checkpoint:
         if not hasattr(self._buffers, "piece"):
             self._buffers.piece = memoryview(bytearray(PIECE_BYTES))
         buffer = self._buffers.piece
-        for offset, count in self.ranges(name, rows):
+        for offset, count in self.ranges(name, rows, axis):
             for at in range(0, count, PIECE_BYTES):
                 piece = buffer[:min(PIECE_BYTES, count - at)]
                 self._fill(self.tensors[name].shard, piece, offset + at)
                 yield piece
 
-    def ranges(self, name: str, rows: Sequence[int] | None = None) -> Iterator[tuple[int, int]]:
-        """(offset in the shard file, bytes) of the tensor or of runs of consecutive `rows`."""
+    def ranges(self, name: str, rows: Sequence[int] | None = None, axis: int = 0) -> Iterator[tuple[int, int]]:
+        """(offset in the shard file, bytes) of the tensor or of runs of consecutive `rows` along `axis`."""
         info = self.info(name)
         if rows is None:
             yield info.offset, info.bytes
             return
-        if rows and not (min(rows) >= 0 and max(rows) < info.shape[0]):
-            raise IndexError(f"{name} has {info.shape[0]} rows")
-        for first, length in runs(rows):
-            yield info.offset + first * info.row_bytes, length * info.row_bytes
+        size, outer = info.shape[axis], math.prod(info.shape[:axis])
+        if rows and not (min(rows) >= 0 and max(rows) < size):
+            raise IndexError(f"{name} has {size} rows")
+        row_bytes = math.prod(info.shape[axis + 1:]) * tensor_bytes(info.dtype, (1,))
+        for first, length in runs([at * size + row for at in range(outer) for row in rows]):
+            yield info.offset + first * row_bytes, length * row_bytes
 
     @cached_property
     def formats(self) -> Formats:

@@ -28,12 +28,12 @@ def version(as_json: AsJson = False) -> None:
 def models(as_json: AsJson = False) -> None:
     """List the models known by name and the families of Mixture-of-Experts models that can be pruned."""
     from emo_select.checkpoint import PUBLISHED, demo_names
-    from emo_select.models.families import DENSE_TYPES, FAMILIES
+    from emo_select.models.families import DENSE_TYPES, SCORING
 
     found = {
         "shipped": demo_names(),
         "published": list(PUBLISHED),
-        "families": {family.name: list(family.aliases) for family in FAMILIES},
+        "families": list(SCORING),
         "dense (skip selection)": list(DENSE_TYPES),
     }
     if as_json:

@@ -156,7 +156,7 @@ def _check_groups(config: Mapping[str, Any], keep_k: int) -> None:
     if groups > 1 and keep_k % groups:
         raise KeepKError(f"The router picks among {groups} equal groups of experts, so keep-k must be a multiple of "
                          f"{groups}, not {keep_k}.")
-    if family_of(config).scoring == "sigmoid" and keep_k < 2 * groups:
+    if groups > 1 and family_of(config).scoring != "softmax" and keep_k < 2 * groups:
         raise KeepKError(f"The router ranks each group by its two best experts, so keep-k must be at least "
                          f"{2 * groups}.")
 

@@ -41,6 +41,7 @@ from emo_select.models.families import (
     always_active_per_layer,
     experts_per_layer,
     family_of,
+    top_k,
 )
 from emo_select.models.preflight import check_weights
 from emo_select.ownership import PRUNED, require_replaceable
@@ -54,11 +55,12 @@ REPLACED = frozenset({"config.json", INDEX, METADATA, EXPERTS, MASK, CARD})
 
 @dataclass(frozen=True)
 class Copy:
-    """One tensor of the pruned checkpoint: what it becomes, where it comes from, which rows of axis 0 (None: all)."""
+    """One tensor of the pruned checkpoint: what it becomes, where it comes from, which rows of `axis` (None: all)."""
 
     spec: TensorSpec
     source: str
     rows: tuple[int, ...] | None = None
+    axis: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,15 @@ def plan_prune(checkpoint: Checkpoint, keep_set: KeepSet, *, dtype: str | None =
     check_keep_set(checkpoint.config, keep_set)
     _check_uniform(checkpoint, family, keep_set, allow_nonuniform)
     counts = experts_per_layer(checkpoint.config)
-    new_index = [{e: i for i, e in enumerate(kept or ())} for kept in keep_set.experts]
+    tail = max(family.tails.values(), default=0)
+    new_index = [_numbers(kept or (), count, tail) for kept, count in zip(keep_set.experts, counts, strict=True)]
     copies, dropped = [], set()
     for name in checkpoint.tensors:
         weight = checkpoint.formats.owner.get(name)
         role = family.role(weight.name if weight else name)
         if role.layer is not None and role.layer >= len(counts):
             dropped.add(role.layer)
-        elif copy := _plan_tensor(checkpoint, name, role, new_index, dtype, weight):
+        elif copy := _plan_tensor(checkpoint, name, role, keep_set, new_index, dtype, weight):
             copies.append(copy)
     config = pruned_config(checkpoint.config, family, keep_set, dtype=dtype, dropped_layers=len(dropped))
     config = pruned_quantization(checkpoint, config, family, new_index)
@@ -158,29 +161,36 @@ def plan_prune(checkpoint: Checkpoint, keep_set: KeepSet, *, dtype: str | None =
 
 def describe_plan(checkpoint: Checkpoint, plan: PrunePlan) -> dict[str, Any]:
     """The plan in numbers for people and machines: experts of the largest layer and bytes, before and after."""
-    kept = plan.config.get("num_experts_per_layer") or [plan.config[family_of(checkpoint.config).count_keys[0]]]
+    family = family_of(checkpoint.config)
+    kept = plan.config.get("num_experts_per_layer") or [family.value(plan.config, family.count_keys[0])]
     return {"experts": max(kept), "experts_before": max(experts_per_layer(checkpoint.config)),
             "tensors": len(plan.copies), "tensors_before": len(checkpoint.tensors),
             "bytes": plan.total_bytes, "bytes_before": checkpoint.total_bytes,
-            "experts_per_token": plan.config.get("num_experts_per_tok"), "dropped_layers": plan.dropped_layers}
+            "experts_per_token": family.value(plan.config, family.top_k_keys[0]), "dropped_layers": plan.dropped_layers}
 
 
-def _plan_tensor(checkpoint: Checkpoint, name: str, role: Role, new_index: list[dict[int, int]], dtype: str | None,
-                 weight: Quantised | None) -> Copy | None:
+def _numbers(kept: Sequence[int], count: int, tail: int) -> dict[int, int]:
+    """Which number each of these of `count` experts gets; what is numbered behind all of them stays behind them."""
+    return {e: i for i, e in enumerate([*kept, *range(count, count + tail)])}
+
+
+def _plan_tensor(checkpoint: Checkpoint, name: str, role: Role, keep_set: KeepSet, new_index: list[dict[int, int]],
+                 dtype: str | None, weight: Quantised | None) -> Copy | None:
     """What becomes of a stored tensor, which may be a part of a quantised `weight`: those are never cast."""
     info = checkpoint.tensors[name]
     casts = dtype and info.dtype in FLOATING and not weight and not name.endswith("e_score_correction_bias")
     stored = dtype if dtype and casts else info.dtype
     if role.layer is None or role.kind == "other":
         return Copy(TensorSpec(name, stored, info.shape), name)
-    kept = new_index[role.layer]
     if role.kind == "rows":
         if serves_all_experts(weight, name, info.shape):
             return Copy(TensorSpec(name, stored, info.shape), name)
-        return Copy(TensorSpec(name, stored, (len(kept), *info.shape[1:])), name, tuple(kept))
-    if role.expert not in kept:
-        return None
-    return Copy(TensorSpec(renumbered(name, role, kept[role.expert]), stored, info.shape), name)
+        count, axis = family_of(checkpoint.config).counts[role.layer], role.rows.axis
+        rows = role.rows.entries(keep_set.experts[role.layer] or (), count)
+        shape = (*info.shape[:axis], len(rows), *info.shape[axis + 1:])
+        return Copy(TensorSpec(name, stored, shape), name, rows, axis)
+    number = new_index[role.layer].get(-1 if role.expert is None else role.expert)
+    return None if number is None else Copy(TensorSpec(renumbered(name, role, number), stored, info.shape), name)
 
 
 def pruned_config(config: Mapping[str, Any], family: Family, keep_set: KeepSet, *, dtype: str | None = None,
@@ -193,16 +203,16 @@ def pruned_config(config: Mapping[str, Any], family: Family, keep_set: KeepSet, 
     """
     kept = [len(experts or ()) for experts in keep_set.experts]
     smallest = min(count for count in kept if count)
-    new = dict(config)
-    for key in {*family.count_keys, *(key for key in COUNT_KEYS if config.get(key) is not None)}:
-        new[key] = smallest
-    if pruned_top_k(config, smallest) != family.value(config, "num_experts_per_tok"):
-        new["num_experts_per_tok"] = pruned_top_k(config, smallest)
+    counted = config.get(family.section) or {} if family.section else config
+    values = dict.fromkeys((*family.count_keys, *(key for key in COUNT_KEYS if counted.get(key) is not None)), smallest)
+    if pruned_top_k(config, smallest) != top_k(config):
+        values |= dict.fromkeys(family.top_k_keys, pruned_top_k(config, smallest))
+    new = family.changed(config, values)
     if family.listed_shared:
         new |= _pruned_shared(config, family, keep_set, per_layer=not keep_set.uniform)
     new |= _pruned_always_active(config, keep_set)
     if dropped_layers and family.extra_layers_key:
-        new[family.extra_layers_key] = 0
+        new = family.changed(new, {family.extra_layers_key: 0})
     if dtype:
         new["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[dtype][1]
     return {**new, **family.pruned_config}
@@ -320,7 +330,7 @@ def _write_tensors(checkpoint: Checkpoint, copies: Sequence[Copy], out: ShardedW
 def finite_pieces(checkpoint: Checkpoint, copy: Copy) -> Iterator[memoryview]:
     """The tensor's bytes piece by piece in a reused buffer, each piece seen to be finite."""
     dtype = checkpoint.tensors[copy.source].dtype
-    for piece in checkpoint.pieces(copy.source, copy.rows):
+    for piece in checkpoint.pieces(copy.source, copy.rows, copy.axis):
         if not all_finite(piece, dtype):
             raise _not_finite(checkpoint, copy)
         yield piece
@@ -329,7 +339,7 @@ def finite_pieces(checkpoint: Checkpoint, copy: Copy) -> Iterator[memoryview]:
 def _cast(checkpoint: Checkpoint, copy: Copy) -> Any:
     import torch
 
-    source = checkpoint.read(copy.source, copy.rows)
+    source = checkpoint.read(copy.source, copy.rows, copy.axis)
     if source.is_floating_point() and not torch.isfinite(source).all():
         raise _not_finite(checkpoint, copy)
     cast = source.to(getattr(torch, DTYPES[copy.spec.dtype][1]))

@@ -20,7 +20,7 @@ NewIndex = Sequence[Mapping[int, int]]  # layer → expert → its number in the
 
 def renumbered(name: str, role: Role, expert: int) -> str:
     """The name of an expert's tensor once that expert has another number."""
-    before = f"model.layers.{role.layer}.{role.suffix.partition('{e}')[0]}"
+    before = role.prefix + role.suffix.partition("{e}")[0]
     return f"{before}{expert}{name.removeprefix(f'{before}{role.expert}')}"
 
 

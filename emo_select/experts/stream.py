@@ -124,7 +124,7 @@ class Reader:
         """As `experts`, whatever is ahead."""
         prefix = f"{self.family.layers}.{layer}.{self.family.experts_module}."
         return {source.parameter.removeprefix(prefix): self._read_fused(source).to(self.device, self.dtype)
-                for source in expert_parameters(self.family, layer, kept)}
+                for source in expert_parameters(self.checkpoint, layer, kept)}
 
     def _read_fused(self, source: ParameterSource) -> Tensor:
         """One parameter of all experts."""
@@ -152,8 +152,8 @@ class Reader:
         return values
 
     def _warm(self, layer: int, kept: Sequence[int]) -> None:
-        for source in expert_parameters(self.family, layer, kept):
-            for name in [source.tensor] if source.tensor else [n for block in source.blocks for n in block]:
+        for source in expert_parameters(self.checkpoint, layer, kept):
+            for name in source.names:
                 self.checkpoint.warm(name, source.rows)
 
 

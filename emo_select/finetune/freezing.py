@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from emo_select.errors import UsageError
-from emo_select.models.families import LAYER_NAME, Family, experts_per_layer, family_of, is_moe, shared_per_layer
+from emo_select.models.families import Family, experts_per_layer, family_of, is_moe, shared_per_layer
 
 if TYPE_CHECKING:
     import torch
@@ -56,18 +56,18 @@ def _disk_kind(family: Family, routed: Sequence[int], name: str) -> Kind:
     role = family.role(name)
     if role.kind == "expert" and role.layer is not None and role.expert is not None:
         return "routed" if role.expert < routed[role.layer] else "shared"
-    return memory_kind(family, name)
+    return "routed" if role.suffix in family.expert_names else memory_kind(family, family.in_memory(name))
 
 
 def memory_kind(family: Family, name: str) -> Kind:
     """What a parameter in memory belongs to; fused experts are "routed" though shared rows may follow."""
-    found = LAYER_NAME.fullmatch(name)
-    rest = found[2] if found else ""
+    found = family.in_layer(name)
+    rest = found[1] if found else ""
     if rest in {fused.parameter for fused in family.experts}:
         return "routed"
     if any(rest.startswith(module + ".") for module in family.separate_shared):
         return "shared"
-    if rest in family.router or any(rest == family.in_memory(router) for router in family.router):
+    if rest in family.router_rows or rest.startswith(f"{family.router_module}."):
         return "router"
     return "other"
 
@@ -94,9 +94,9 @@ def freeze(model: nn.Module, config: Mapping[str, Any], mode: str) -> list[Froze
     for name, parameter in model.named_parameters():
         kind = memory_kind(family, name)
         parameter.requires_grad_(kind in TRAINED[mode])
-        layer = LAYER_NAME.fullmatch(name)
-        if kind == "routed" and layer and mode == "routed" and routed[int(layer[1])] < experts[int(layer[1])]:
-            held.append(FrozenPart(name, routed[int(layer[1])]))
+        place = family.in_layer(name)
+        if kind == "routed" and place and mode == "routed" and routed[place[0]] < experts[place[0]]:
+            held.append(FrozenPart(name, routed[place[0]]))
     return held
 
 

@@ -7,6 +7,7 @@ shared experts' part of `lora_B`, which starts at zero, is held there unless the
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from emo_select.errors import SpecError, UnknownNameError
 from emo_select.finetune.freezing import FrozenPart, routed_per_layer
 from emo_select.models.adapters import quiet_peft
-from emo_select.models.families import LAYER_NAME, Family, experts_per_layer, family_of, is_moe
+from emo_select.models.families import Family, experts_per_layer, family_of, is_moe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -61,18 +62,25 @@ def _linear_modules(checkpoint: Checkpoint, family: Family | None) -> dict[str, 
     """Layer-relative in-memory names of matrices outside router and routed experts, with their group."""
     found = {}
     for name, info in checkpoint.tensors.items():
-        matched = LAYER_NAME.fullmatch(name)
-        if not matched or not name.endswith(".weight") or len(info.shape) != 2:
-            continue
-        if family is not None and family.role(name).kind != "other":
-            continue
-        module = (family.in_memory(matched[2]) if family else matched[2]).removesuffix(".weight")
-        found[module] = _group(module, family)
+        own = _own_name(name, family)
+        if own and own.endswith(".weight") and len(info.shape) == 2:
+            module = own.removesuffix(".weight")
+            found[module] = _group(module, family)
     return found
 
 
+def _own_name(name: str, family: Family | None) -> str | None:
+    """The layer-relative in-memory name of a stored tensor that experts have no part in; None of others."""
+    if family is None:
+        matched = re.fullmatch(r"model\.layers\.\d+\.(.+)", name)
+        return matched[1] if matched else None
+    role = family.role(name)
+    place = family.in_layer(family.in_memory(name)) if role.kind == "other" and role.layer is not None else None
+    return place[1] if place else None
+
+
 def _group(module: str, family: Family | None) -> str:
-    if module.startswith("self_attn."):
+    if "attn" in module.split(".")[0] or "attention" in module.split(".")[0]:
         return "attention"
     shared = family is not None and any(module.startswith(prefix + ".") for prefix in family.separate_shared)
     return "shared" if shared else "dense"
@@ -82,7 +90,8 @@ def _bare_parameters(family: Family | None, lora: Lora) -> tuple[str, ...]:
     if family is None:
         return ()
     experts = tuple(fused.parameter for fused in family.experts) if "experts" in lora.targets else ()
-    return experts + ((f"{family.router_module}.weight",) if lora.router else ())
+    routers = tuple(name for name in family.router_rows if name.endswith("weight")) if lora.router else ()
+    return experts + routers
 
 
 def add_adapters(model: PreTrainedModel, targets: Targets, lora: Lora) -> PeftModel:

@@ -50,11 +50,12 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class Change:
-    """Where the new values of one tensor of the full model come from; rows of None mean all of them."""
+    """Where the new values of one tensor of the full model come from; rows (along `axis`) of None mean all of them."""
 
     source: str
     rows: tuple[int, ...] | None = None
     targets: tuple[int, ...] | None = None
+    axis: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def plan_merge(
     wanted |= {group for group in ("router", "shared", "rest") if getattr(options, group)}
     changes: dict[str, Change] = {}
     counts: Counter[Group] = Counter()
+    parts: set[str] = set()
     for name in full.tensors:
         role = family.role(name)
         if role.layer is not None and role.layer >= len(kept):
@@ -117,8 +119,10 @@ def plan_merge(
         if change is not None:
             require_fit(full, tuned, name, change)
             changes[name] = change
-            counts[group] += 1 if change.rows is None else len(change.rows)
-    experts = len({part for fused in family.experts for part in fused.parts})
+            counts[group] += 1 if change.rows is None else len(change.rows) // role.rows.each
+            if group == "routed":
+                parts.add(role.suffix)
+    experts = max(1, len(parts))
     for group in ("routed", "shared"):
         counts[group] //= experts  # an expert is several tensors
     return MergePlan(changes, counts)
@@ -165,7 +169,7 @@ def _change(
         if group not in wanted or role.expert not in kept[role.layer]:
             return group, None
         suffix = role.suffix.replace("{e}", str(kept[role.layer].index(role.expert)))
-        return group, Change(f"model.layers.{role.layer}.{suffix}")
+        return group, Change(role.prefix + suffix)
     if role.kind == "rows" and role.layer is not None:
         return _row_change(family, role, name, kept[role.layer], routed[role.layer], wanted)
     group = group_of(family, name, None, routed)
@@ -181,8 +185,10 @@ def _row_change(
     chosen = [(row, target) for row, target in enumerate(kept) if every or target < routed]
     if group not in wanted or not chosen:
         return group, None
-    rows, targets = zip(*chosen, strict=True)
-    return group, Change(name, rows, targets)
+    each = role.rows.each
+    pairs = [(row * each + at, target * each + at) for row, target in chosen for at in range(each)]
+    rows, targets = zip(*pairs, strict=True)
+    return group, Change(name, rows, targets, role.rows.axis)
 
 
 def checked_kept(
@@ -211,9 +217,12 @@ def checked_kept(
 
 def require_fit(full: Checkpoint, tuned: Checkpoint, name: str, change: Change) -> None:
     """Raise `CheckpointError` unless the new values have the shape of the old ones."""
-    old, new = full.info(name).shape, tuned.info(change.source).shape
-    if (old if change.rows is None else old[1:]) != (new if change.rows is None else new[1:]):
-        raise CheckpointError(f"{name} is {list(old)} in the full model and {list(new)} in the finetuned one.")
+    old, new = list(full.info(name).shape), list(tuned.info(change.source).shape)
+    if change.rows is not None:
+        old[change.axis] = new[change.axis] = 0
+    if old != new:
+        raise CheckpointError(f"{name} is {list(full.info(name).shape)} in the full model and "
+                              f"{list(tuned.info(change.source).shape)} in the finetuned one.")
 
 
 def _write(full: Checkpoint, tuned: Checkpoint, plan: MergePlan, options: MergeOptions, folder: Path) -> None:
@@ -243,7 +252,7 @@ def _write_tensor(
     dtype = torch_dtype(spec.dtype)
     value = full.read(spec.name).to(dtype)
     if change is not None:
-        new = tuned.read(change.source, change.rows).to(dtype)
+        new = tuned.read(change.source, change.rows, change.axis).to(dtype)
         value = _merged(value, new, change, average)
     out.write(spec.name, value)
 
@@ -251,9 +260,10 @@ def _write_tensor(
 def _merged(old: torch.Tensor, new: torch.Tensor, change: Change, average: float | None) -> torch.Tensor:
     if change.targets is None:
         return _blended(old, new, average)
-    rows = list(change.targets)
-    old[rows] = _blended(old[rows], new, average)
-    return old
+    import torch
+
+    index = torch.tensor(change.targets)
+    return old.index_copy_(change.axis, index, _blended(old.index_select(change.axis, index), new, average))
 
 
 def _blended(old: torch.Tensor, new: torch.Tensor, average: float | None) -> torch.Tensor:

@@ -35,11 +35,11 @@ class ModelInMemory(Checkpoint):
         config = json.loads(model.config.to_json_string(use_diff=False))
         super().__init__(Path(model.config.name_or_path or type(model).__name__), config, tensors)
 
-    def read_into(self, name: str, out: torch.Tensor, rows: Sequence[int] | None = None) -> None:
-        """Copy the tensor (or `rows` of it) into `out`."""
+    def read_into(self, name: str, out: torch.Tensor, rows: Sequence[int] | None = None, axis: int = 0) -> None:
+        """Copy the tensor (or `rows` of it along `axis`) into `out`."""
         self.info(name)  # raises where there is none
         value = self._values[name].detach()
-        out.copy_(value if rows is None else value[list(rows)])
+        out.copy_(value if rows is None else value.movedim(axis, 0)[list(rows)].movedim(0, axis))
 
     def file(self, shard: str) -> int:
         """A file without content: there is nothing that could be read ahead."""

@@ -6,7 +6,7 @@ Select, prune, finetune and evaluate take hours; that a size does not fit is fou
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from emo_select.checkpoint import Checkpoint
@@ -20,6 +20,7 @@ from emo_select.models.families import (
     experts_per_layer,
     family_of,
     is_moe,
+    tensors_of_layer,
     top_k,
 )
 
@@ -37,27 +38,49 @@ def check_weights(checkpoint: Checkpoint) -> None:
     Raises:
         ModelError: not supported. CheckpointError: names the first tensor or key that does not fit.
     """
-    config, checkpoint = checkpoint.config, checkpoint.plain()
-    if is_moe(config):
-        _check_top_k(checkpoint, check_layout(checkpoint))
-    elif config.get("model_type") not in DENSE_TYPES:
-        return
-    _check_presence(checkpoint)
+    checkpoint = checkpoint.plain()
+    family = check_layout(checkpoint) if is_moe(checkpoint.config) else None
+    if family is not None:
+        _check_top_k(checkpoint, family)
+    if family is not None and family.kind_of:
+        _check_derived(checkpoint, family)
+    elif family is not None or checkpoint.config.get("model_type") in DENSE_TYPES:
+        _check_written(checkpoint, family)
+
+
+def _check_written(checkpoint: Checkpoint, family: Family | None) -> None:
+    """Our own architectures and plain dense ones, by what their configuration says."""
+    config, shapes = checkpoint.config, dict(_attention(checkpoint.config))
+    _check_presence(checkpoint, SIZES, WIDTHS)
     _check_layers(checkpoint)
     _check_alike(checkpoint)
-    shapes, family = dict(_attention(config)), family_of(config) if is_moe(config) else None
     for name, info in checkpoint.tensors.items():
         expected = _whole_model(config).get(name) or _in_layer(config, family, shapes, name)
         if expected is not None:
             _check_tensor(checkpoint, name, info, expected)
 
 
-def _check_presence(checkpoint: Checkpoint) -> None:
+def _check_derived(checkpoint: Checkpoint, family: Family) -> None:
+    """Every tensor of the decoder as the architecture has it, by the shapes that were found out with the family."""
+    _check_presence(checkpoint, [key for key in SIZES if key in family.defaults and not family.section], ())
+    expected = dict(family.whole)
+    for layer, kind in enumerate(family.kind_of):
+        for name, shape in tensors_of_layer(checkpoint, family, layer, family.kinds[kind]):
+            expected[name] = shape
+    for name, shape in expected.items():
+        if name in checkpoint.tensors:
+            _check_tensor(checkpoint, name, checkpoint.tensors[name], shape)
+        elif name not in family.whole:
+            raise CheckpointError(f"{checkpoint.directory} has no tensor {name}, which its config.json needs; download "
+                                  "or save it again.")
+
+
+def _check_presence(checkpoint: Checkpoint, sizes: Sequence[str], widths: Sequence[str]) -> None:
     """Sizes that every architecture would fill in by a default of its own, which need not be this model's."""
     config = checkpoint.config
-    lacking = [key for key in SIZES if config.get(key) is None]
-    if not lacking and all(config.get(key) is None for key in WIDTHS):
-        lacking = list(WIDTHS[:1])
+    lacking = [key for key in sizes if config.get(key) is None]
+    if not lacking and widths and all(config.get(key) is None for key in widths):
+        lacking = list(widths[:1])
     if lacking:
         raise CheckpointError(f"config.json of {checkpoint.directory} does not say {lacking[0]}; download or save it "
                               "again.")
@@ -67,7 +90,7 @@ def _check_top_k(checkpoint: Checkpoint, family: Family) -> None:
     counts, per_token = experts_per_layer(checkpoint.config), top_k(checkpoint.config)
     if per_token > max(counts):
         raise CheckpointError(f"config.json of {checkpoint.directory} has {per_token} experts per token "
-                              f"(num_experts_per_tok), but its layers have {max(counts)} experts.")
+                              f"({family.top_k_keys[0]}), but its layers have {max(counts)} experts.")
 
 
 def _check_layers(checkpoint: Checkpoint) -> None:
@@ -142,9 +165,9 @@ def _attention(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
 
 
 def _expert(config: Mapping[str, Any], family: Family, name: str) -> Shape | None:
-    width = config.get(family.width_key)
+    width = config.get("intermediate_size")
     role, hidden = family.role(name), config.get("hidden_size")
     if role.kind != "expert" or width is None:
         return None
-    down = role.suffix.endswith(("down_proj.weight", "w2.weight"))
+    down = role.suffix.endswith("down_proj.weight")
     return (hidden, width) if down else (width, hidden)
