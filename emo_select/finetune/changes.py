@@ -110,7 +110,7 @@ def _units(full: Checkpoint, members: Sequence[Member], copy: Copy) -> Iterator[
             places = tuple((each, Place(name, row)) for each, row in having)
             yield Unit(Place(copy.spec.name, at), Place(name, expert), group, what, places)
         else:
-            pattern = f"model.layers.{role.layer}.{role.suffix}"
+            pattern = role.prefix + role.suffix
             places = tuple((each, Place(pattern.replace("{e}", str(number)))) for each, number in having)
             yield Unit(Place(copy.spec.name), Place(name), group, what, places)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emo_select.checkpoint import Checkpoint, open_checkpoint
-from emo_select.errors import KeepKError
+from emo_select.errors import KeepKError, ModelError
 from emo_select.experts.keepset import KeepSet
 from emo_select.experts.rules import LayerRules, layer_rules
 from emo_select.finetune.merge import checked_kept, finetuned_checkpoint, kept_in
@@ -65,14 +65,18 @@ def _name_of(source: Path) -> str:
 def union_of(full: Checkpoint, members: Sequence[Member], model: str, *, uniform: bool) -> KeepSet:
     """The experts of `full` that any member keeps; `uniform` fills every layer up to the largest one.
 
-    Raises `KeepKError` where layers would differ and the family's config cannot say so.
+    Raises `KeepKError` where layers would differ and the family's config cannot say so, `ModelError` for a family whose
+    experts are not one row each of what holds all of them.
     """
+    family = family_of(full.config)
+    if family.rows or family.tails:
+        raise ModelError(f"Models of {family.name} cannot be composed: what holds all of its experts has not one row for "
+                         "each.")
     union = [sorted({expert for kept in layers for expert in kept})
              for layers in zip(*(member.kept for member in members), strict=True)]
     if uniform:
         union = _filled(full, members, union)
     sizes = {len(kept) for kept in union if kept}
-    family = family_of(full.config)
     if len(sizes) > 1 and not family.per_layer_keys:
         raise KeepKError(f"Together they keep {min(sizes)} to {max(sizes)} experts per layer, and a {family.name} "
                          "config cannot give layers different numbers; pass --uniform to fill the smaller ones up.")

@@ -149,6 +149,6 @@ def sharding(config: Mapping[str, Any], world: int) -> dict[str, Any]:
     """The arguments for full sharding per decoder layer (FSDP2) on several processes; none on one."""
     if world == 1:
         return {}
-    layer = family_of(config).layer_class if is_moe(config) else None
-    wrap = {"transformer_layer_cls_to_wrap": [layer]} if layer else {}  # dense: what the model class says
+    layers = family_of(config).layer_classes if is_moe(config) else ()
+    wrap = {"transformer_layer_cls_to_wrap": [*layers]} if layers else {}  # dense: what the model class says
     return {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True, **wrap}}

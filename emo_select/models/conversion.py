@@ -38,9 +38,9 @@ def built_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         raise ModelError(f"The installed transformers does not know model_type {model_type!r}; a newer release may "
                          "(pip install -U transformers).")
-    values = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
+    values = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
-        return CONFIG_MAPPING[model_type](**json.loads(json.dumps(values)))
+        return CONFIG_MAPPING[model_type].from_dict(_plain(values))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, StrictDataclassError) as error:
         raise ModelError(f"The configuration cannot be used: {_sentence(error)}") from error
 
@@ -129,6 +129,13 @@ class Conversion:
 @lru_cache(maxsize=2)
 def _conversion(config: str) -> Conversion:
     return Conversion(meta_model(built_config(json.loads(config))))
+
+
+def _plain(value: Any) -> Any:
+    """A copy, with the numbers that JSON has no sign for as numbers: transformers writes {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if set(value) == {"__float__"} else {k: _plain(v) for k, v in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _sentence(error: BaseException) -> str:

@@ -11,6 +11,7 @@ Legend: E experts; names within a layer are "own" names.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,7 +79,7 @@ class _Derivation:
         shared = tuple(name for name in self._children() if "shared" in name)
         groups, per_token = self._groups()
         return Family(
-            self.name, type(self.layer).__name__, self.fused, tuple(self.router), counts,
+            self.name, self._classes(), self.fused, tuple(self.router), counts,
             count_keys=self.count.keys, top_k_keys=self._chosen, section=self.count.section,
             defaults=self._defaults(), separate_shared=shared, layers=self.layers, disk_layers=self._disk_layers(),
             moe_module=self.block, router_module=self.router_module, experts_module=self.experts_module,
@@ -120,6 +121,10 @@ class _Derivation:
     def depth(self) -> int:
         """Number of decoder layers."""
         return sum(1 for _ in self.model.get_submodule(self.layers).children())
+
+    def _classes(self) -> tuple[str, ...]:
+        layers = self.model.get_submodule(self.layers).children()
+        return tuple(dict.fromkeys(type(layer).__name__ for layer in layers))
 
     @cached_property
     def moe_layers(self) -> list[int]:
@@ -222,10 +227,10 @@ class _Derivation:
 
     @cached_property
     def outside(self) -> dict[str, Stored]:
-        """Parameters of the decoder that no layer has."""
-        root = self.layers.rpartition(".")[0]
-        own = {name: tensor for name, tensor in self.model.state_dict().items()
-               if name.startswith(root + ".") and not name.startswith(self.layers + ".")}
+        """Parameters of the decoder that no layer has, or that are stored apart from their layer."""
+        root, apart = self.layers.rpartition(".")[0], self.disk.apart
+        own = {name: tensor for name, tensor in self.model.state_dict().items() if name.startswith(root + ".")
+               and (not (match := NUMBER.fullmatch(name)) or match[1] != self.layers or match[3] in apart)}
         return _sources(self.disk.conversion, self.disk.conversion.to_disk(own), own, lambda name: name)
 
     def _disk_layers(self) -> tuple[str, ...]:
@@ -296,6 +301,7 @@ class _Disk:
         self.rows: dict[str, Rows] = {}
         self.tails: dict[str, int] = {}
         self.place = ""
+        self.apart: set[str] = set()  # own names in memory of what is not stored with its layer
         larger = Conversion(derivation.larger)
         for kind, layer in first.items():
             self._add(kind, layer, larger)
@@ -305,6 +311,11 @@ class _Disk:
         mine = {name: tensor for name, tensor in self.conversion.model.state_dict().items() if name.startswith(prefix)}
         theirs = {name: tensor for name, tensor in larger.model.state_dict().items() if name.startswith(prefix)}
         stored, more = self.conversion.to_disk(mine), larger.to_disk(theirs)
+        for name in self._apart(stored, layer):
+            self.apart.add(name.removeprefix(prefix))
+            for parameters in (mine, theirs):
+                del parameters[name]
+            stored, more = self.conversion.to_disk(mine), larger.to_disk(theirs)
         own, shapes = self._own(stored, layer), self._own(more, layer)
         numbered = _numbered(own, shapes)
         self.kinds[kind] = {_template(name, numbered): tuple(stored[full].shape) for name, full in own.items()}
@@ -318,14 +329,17 @@ class _Disk:
         self.sources |= _sources(self.conversion, stored, mine, lambda name: self._name(name, layer, numbered))
 
     def _own(self, stored: Mapping[str, Tensor], layer: int) -> dict[str, str]:
-        """Own name → whole name; every tensor of a layer must lie below one prefix that has its number."""
-        found = {}
-        for name in stored:
-            match = NUMBER.fullmatch(name)
-            if match is None or int(match[2]) != layer or self.place not in ("", match[1]):
-                raise ModelError(f"{self._d.name} stores {name} apart from its layer, which cannot be pruned here.")
-            self.place = match[1]
-            found[match[3]] = name
+        """Own name → whole name of the tensors of a layer, which lie below one prefix that has its number."""
+        matches = {name: match for name in stored if (match := NUMBER.fullmatch(name)) and int(match[2]) == layer}
+        self.place = self.place or Counter(match[1] for match in matches.values()).most_common(1)[0][0]
+        return {match[3]: name for name, match in matches.items() if match[1] == self.place}
+
+    def _apart(self, stored: Mapping[str, Tensor], layer: int) -> list[str]:
+        """Parameters that are stored elsewhere; ModelError if experts are among them."""
+        own = set(self._own(stored, layer).values())
+        found = [target for _, target, names in self.conversion.grouped(stored) if not own.issuperset(names)]
+        if grown := self._d.grown.keys() & found:
+            raise ModelError(f"{self._d.name} stores {min(grown)} apart from its layer, which cannot be pruned here.")
         return found
 
     def _name(self, name: str, layer: int, numbered: set[str]) -> str:

@@ -57,7 +57,8 @@ def _remember(path: Path, content: Mapping[str, Any]) -> None:
 
 def _loaded(found: dict[str, Any]) -> Family:
     """A family from its record."""
-    tuples = ("router", "counts", "count_keys", "top_k_keys", "separate_shared", "disk_layers", "kind_of")
+    tuples = ("layer_classes", "router", "counts", "count_keys", "top_k_keys", "separate_shared", "disk_layers",
+              "kind_of")
     *kinds, whole = ({name: tuple(shape) for name, shape in kind.items()}
                      for kind in (*found["kinds"], found["whole"]))
     rows = {key: {name: Rows(**one) for name, one in found[key].items()} for key in ("rows", "router_rows")}

@@ -113,7 +113,7 @@ class Family:
     """An architecture as one configuration describes it; see the module's text."""
 
     name: str
-    layer_class: str
+    layer_classes: tuple[str, ...]  # of decoder layers
     experts: tuple[Fused, ...]
     router: tuple[str, ...]  # disk tensors with entries of every expert that are not expert weights
     counts: tuple[int, ...]  # E of each layer, 0 for dense ones
@@ -241,7 +241,7 @@ def _emo(config: Config) -> Family:
     """
     counts = _per_layer(config, "num_experts_per_layer", _layers_of(config)) or [
         whole(_or_default(config, "num_experts"), "num_experts")] * _layers_of(config)
-    return Family("emo", "EmoDecoderLayer", _swiglu("mlp.experts"), ("mlp.gate.weight",), tuple(counts),
+    return Family("emo", ("EmoDecoderLayer",), _swiglu("mlp.experts"), ("mlp.gate.weight",), tuple(counts),
                   defaults=EMO_DEFAULTS, listed_shared=True, per_layer_keys=True,
                   router_rows={"mlp.gate.weight": Rows()}, pruned_config={"output_router_logits": True})
 
@@ -292,7 +292,7 @@ def _derived(config: str) -> Family:
 
 def counts_experts(config: Config) -> bool:
     """Whether a configuration, or a part of it, speaks of experts in any number but none."""
-    return any("expert" in key and value not in (None, 0, False, []) for part in (config, *_parts(config))
+    return any("expert" in str(key) and value not in (None, 0, False, []) for part in (config, *_parts(config))
                for key, value in part.items())
 
 
@@ -419,7 +419,9 @@ def _plain_parameters(checkpoint: Checkpoint, family: Family, layer: int) -> lis
     place, kind = _place(checkpoint, family, layer), family.kinds[family.kind_of[layer]]
     return [_source(checkpoint, family, f"{family.layers}.{layer}.{name}", stored, place,
                     f"{family.disk_layers[0]}.{layer}.", f"{place}{name}")
-            for name, stored in family.stored.items() if stored.parts[0] in kind]
+            for name, stored in family.stored.items() if stored.parts[0] in kind] + [
+            source for source in _outside(checkpoint, family) if family.in_layer(source.parameter) == (
+                layer, source.parameter.removeprefix(f"{family.layers}.{layer}."))]
 
 
 def _source(checkpoint: Checkpoint, family: Family, parameter: str, stored: Stored, place: str, usual: str, own: str
@@ -452,6 +454,10 @@ def model_parameters(checkpoint: Checkpoint) -> list[ParameterSource]:
     if not family.kind_of:
         return [ParameterSource(name, name) for name in checkpoint.tensors
                 if name.startswith("model.") and family.role(name).layer is None]
+    return [source for source in _outside(checkpoint, family) if family.in_layer(source.parameter) is None]
+
+
+def _outside(checkpoint: Checkpoint, family: Family) -> list[ParameterSource]:
     usual = family.disk_layers[0].rpartition(".")[0]
     actual = _place(checkpoint, family, 0).split(".0.")[0].rpartition(".")[0]
     sources = []
