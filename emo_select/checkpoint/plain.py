@@ -43,11 +43,11 @@ class Plain(Checkpoint):
         """Itself, or the view in another precision."""
         return self if dtype is None else self.stored.plain(dtype)
 
-    def read_into(self, name: str, out: torch.Tensor, rows: Sequence[int] | None = None) -> None:
+    def read_into(self, name: str, out: torch.Tensor, rows: Sequence[int] | None = None, axis: int = 0) -> None:
         """Dequantise the weight (or `rows` of it) into `out`; others as `Checkpoint.read_into`."""
         weight = self.weights.get(name)
         if weight is None:
-            self.stored.read_into(name, out, rows)
+            self.stored.read_into(name, out, rows, axis)
         elif len(weight.shape) > 2:
             for place, expert in enumerate(range(weight.shape[0]) if rows is None else rows):
                 out[place].copy_(self._matrix(weight, expert))
@@ -55,13 +55,13 @@ class Plain(Checkpoint):
             values = self._matrix(weight)
             out.copy_(values if rows is None else values[list(rows)])
 
-    def pieces(self, name: str, rows: Sequence[int] | None = None) -> Iterator[memoryview]:
-        """The bytes of the numbers, fused experts one after the other."""
+    def pieces(self, name: str, rows: Sequence[int] | None = None, axis: int = 0) -> Iterator[memoryview]:
+        """The bytes of the numbers, fused experts one after the other (theirs is axis 0)."""
         import torch
 
         weight = self.weights.get(name)
         if weight is None:
-            yield from self.stored.pieces(name, rows)
+            yield from self.stored.pieces(name, rows, axis)
             return
         fused = len(weight.shape) > 2
         for one in (range(weight.shape[0]) if rows is None else rows) if fused else [None]:
@@ -69,11 +69,11 @@ class Plain(Checkpoint):
             values = values if fused or rows is None else values[list(rows)]
             yield values.contiguous().view(-1).view(torch.uint8).numpy().data
 
-    def ranges(self, name: str, rows: Sequence[int] | None = None) -> Iterator[tuple[int, int]]:
+    def ranges(self, name: str, rows: Sequence[int] | None = None, axis: int = 0) -> Iterator[tuple[int, int]]:
         """Of weights that are not quantised; the others are not bytes of any file. Raises `ValueError` for those."""
         if name in self.weights:
             raise ValueError(f"{name} is made of {', '.join(self.weights[name].parts)}")
-        return self.stored.ranges(name, rows)
+        return self.stored.ranges(name, rows, axis)
 
     def warm(self, name: str, rows: Sequence[int] | None = None) -> None:
         """Let the kernel read the stored parts ahead."""

@@ -13,7 +13,7 @@ from typing import Any
 from emo_select.checkpoint import Checkpoint
 from emo_select.checkpoint.quantised import SETTINGS, Quantised, without_quantization
 from emo_select.errors import CheckpointError, ModelError
-from emo_select.models.families import Family, Role, experts_per_layer
+from emo_select.models.families import Family, Role, experts_per_layer, layer_names
 
 NewIndex = Sequence[Mapping[int, int]]  # layer → expert → its number in the pruned checkpoint
 
@@ -43,15 +43,15 @@ def check_unread(checkpoint: Checkpoint, family: Family) -> None:
     Raises:
         ModelError: experts or routers are stored in a way that cannot be taken apart. CheckpointError: one is missing.
     """
-    method = checkpoint.formats.method
+    method, names = checkpoint.formats.method, layer_names(checkpoint)
+    whole = {*family.router, *(fused.parts[0] for fused in family.experts if not fused.per_expert)}
     for layer, count in enumerate(experts_per_layer(checkpoint.config)):
         if not count:
             continue
-        for suffix in sorted(family.row_names):
-            if f"model.layers.{layer}.{suffix}" not in checkpoint.tensors:
-                raise ModelError(f"model.layers.{layer}.{suffix} is quantised by {method}, and which bytes of it "
-                                 "belong to which expert is not known; prune the bfloat16 original.")
-        roles = (family.role(name) for name in checkpoint.layers.get(layer, ()))
+        roles = [family.role(name) for name in names.get(layer, ())]
+        if lacking := whole - {role.suffix for role in roles}:
+            raise ModelError(f"{min(lacking)} of layer {layer} is quantised by {method}, and which bytes of it "
+                             "belong to which expert is not known; prune the bfloat16 original.")
         present = {role.expert for role in roles if role.expert is not None}
         if family.expert_parts and present != set(range(count)):
             raise CheckpointError(f"Layer {layer} of {checkpoint.directory} has {len(present)} experts, but its "

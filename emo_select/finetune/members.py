@@ -70,8 +70,8 @@ def union_of(full: Checkpoint, members: Sequence[Member], model: str, *, uniform
     """
     family = family_of(full.config)
     if family.rows or family.tails:
-        raise ModelError(f"Models of {family.name} cannot be composed: what holds all of its experts has not one row for "
-                         "each.")
+        raise ModelError(f"Models of {family.name} cannot be composed: what holds all of its experts has not one row "
+                         "for each.")
     union = [sorted({expert for kept in layers for expert in kept})
              for layers in zip(*(member.kept for member in members), strict=True)]
     if uniform:
