@@ -161,6 +161,8 @@ class Execution(Frozen):
     gradient_checkpointing: bool = True
     plots: bool = False
     """Draw pictures of what was measured, beside it."""
+    prediction_layers: Literal["drop", "prune", "keep"] | None = None
+    """What pruning does to layers that guess further tokens, which no stage here runs; None: as before, else "drop"."""
     master_weights: bool = True
     """Finetuning in bfloat16 keeps float32 weights and casts them for each product; False trains bfloat16 weights."""
 

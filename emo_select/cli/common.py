@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,14 @@ def writable_file(param: typer.CallbackParam, value: Path | None) -> Path | None
         require_writable(value.parent, hint="name a file somewhere else")
         require_own_files(value)
     return value
+
+
+class PredictionLayers(StrEnum):
+    """What becomes of prediction layers."""
+
+    DROP = "drop"
+    PRUNE = "prune"
+    KEEP = "keep"
 
 
 MODEL_HELP = "Hub id (or ID@REVISION), folder or demo/NAME."
@@ -80,6 +89,9 @@ Dtype = Annotated[str, typer.Option("--dtype", help="auto (bfloat16 on a GPU, el
                                     rich_help_panel=MACHINE)]
 TrustRemoteCode = Annotated[bool, typer.Option(
     "--trust-remote-code", help="Run code that a checkpoint brings along.", rich_help_panel=MACHINE)]
+Prediction = Annotated[PredictionLayers | None, typer.Option(
+    "--prediction-layers", show_default="drop", rich_help_panel=OUTPUT,
+    help="Layers for speculative decoding: drop; prune, with the last layer's experts; keep whole.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.", rich_help_panel=OUTPUT)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.", rich_help_panel=OUTPUT)]
 

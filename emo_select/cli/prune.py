@@ -35,6 +35,7 @@ def prune(
                                                        help="Largest file, such as 500MB.")] = None,
     dequantize: Annotated[bool, typer.Option(
         "--dequantize", help="Write quantised weights as plain numbers.", rich_help_panel=OUTPUT)] = False,
+    prediction: common.Prediction = None,
     allow_nonuniform: Annotated[bool, typer.Option(
         "--allow-nonuniform", help="Let layers keep different numbers of experts.", rich_help_panel=RUN)] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.", rich_help_panel=OUTPUT)] = False,
@@ -45,7 +46,8 @@ def prune(
 
     The result has the source's own layout and loads wherever that loads. An interrupted call goes on where it was.
     """
-    changed = model or revision or out or dtype or max_shard_size or allow_nonuniform or dequantize
+    changed = (model or revision or out or dtype or max_shard_size or allow_nonuniform or dequantize
+               or prediction)
     if (selection / "run.json").exists() and not (changed or dry_run):
         _prune_run(selection, force=force, as_json=as_json)
         return
@@ -63,10 +65,12 @@ def prune(
     target = out or path.parent / "selected_model"
     if target.exists() and not (force or dry_run or is_unfinished(target)):
         raise SpecError(f"{target} is already there; pass --force to replace it, or choose another with --out.")
-    summary = _planned(source, keep_set, dtype, allow_nonuniform, named=model is not None, dequantize=dequantize)
+    layers: Any = prediction.value if prediction else "drop"
+    summary = _planned(source, keep_set, dtype, allow_nonuniform, named=model is not None, dequantize=dequantize,
+                       prediction=layers)
     if not dry_run:
         prune_checkpoint(source, keep_set, target, dtype=dtype, max_shard_size=max_shard_size,
-                         allow_nonuniform=allow_nonuniform, dequantize=dequantize)
+                         allow_nonuniform=allow_nonuniform, dequantize=dequantize, prediction=layers)
     _report(summary, target, written=not dry_run, as_json=as_json)
 
 
@@ -80,7 +84,7 @@ def _model_of(path: Path, keep_set: KeepSet) -> str | None:
 
 
 def _planned(source: str, keep_set: KeepSet, dtype: str | None, allow_nonuniform: bool, *, named: bool,
-             dequantize: bool) -> dict[str, Any]:
+             dequantize: bool, prediction: Any) -> dict[str, Any]:
     from emo_select.checkpoint import open_checkpoint
     from emo_select.errors import ModelError
     from emo_select.experts.prune import describe_plan, plan_prune, stored_dtype
@@ -90,7 +94,8 @@ def _planned(source: str, keep_set: KeepSet, dtype: str | None, allow_nonuniform
         if not named and keep_set.fingerprint not in (None, checkpoint.forward_fingerprint):
             raise ModelError(f"The selection was made on other weights than {source} has now; if you mean that model "
                              "all the same, name it with --model.")
-        plan = plan_prune(checkpoint, keep_set, dtype=stored_dtype(dtype), allow_nonuniform=allow_nonuniform)
+        plan = plan_prune(checkpoint, keep_set, dtype=stored_dtype(dtype), allow_nonuniform=allow_nonuniform,
+                          prediction=prediction)
         return {**describe_plan(checkpoint, plan), "bytes_before": opened.total_bytes}
 
 

@@ -61,6 +61,7 @@ def run(
     dtype: common.Dtype = "auto",
     data_dir: common.DataDir = None,
     trust_remote_code: common.TrustRemoteCode = False,
+    prediction: common.Prediction = None,
     plots: Annotated[bool, typer.Option("--plots", help="Draw routing during finetuning.",
                                         rich_help_panel=common.OUTPUT)] = False,
     output_dir: common.OutputDir = None,
@@ -92,7 +93,7 @@ def run(
         settings = merge(settings, {part: {"max_length": max_length} for part in LENGTHS})
     machine |= {"num_gpus": common.only_process(machine["num_gpus"]), "device": device, "dtype": dtype,
                 "memory_budget": memory_budget, "data_dir": data_dir, "trust_remote_code": trust_remote_code,
-                "plots": plots}
+                "plots": plots, "prediction_layers": prediction}
     models = common.models(model, revision)
     runs = _expand(models, task, keep_k, method, settings, machine, output_dir, download=not dry_run)
     if recipe["file"]:

@@ -18,7 +18,7 @@ PARAMETERS = {  # keys of a run file that `run` has options for → the option's
     "evaluation": {"num_shots": "eval_shots", "limit": "limit"},
     "execution": {name: name for name in ("device", "dtype", "num_gpus", "micro_batch_size", "memory_budget",
                                           "data_dir", "trust_remote_code", "report_to", "gradient_checkpointing",
-                                          "plots", "master_weights")},
+                                          "plots", "master_weights")} | {"prediction_layers": "prediction"},
 }
 PARTS = ("calibration", "training", "evaluation", "execution")
 

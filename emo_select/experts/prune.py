@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from emo_select.checkpoint import Checkpoint, ShardedWriter, TensorSpec, assign_shards, open_checkpoint
 from emo_select.checkpoint.card import CARD, write_card
@@ -22,7 +22,7 @@ from emo_select.checkpoint.finite import all_finite
 from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE
 from emo_select.checkpoint.quantised import Quantised
 from emo_select.checkpoint.reader import INDEX
-from emo_select.errors import KeepKError, NumericError, SpecError, keywords_checked
+from emo_select.errors import CheckpointError, KeepKError, NumericError, SpecError, keywords_checked
 from emo_select.experts.keepset import (
     KeepSet,
     check_keep_set,
@@ -44,12 +44,14 @@ from emo_select.models.families import (
     top_k,
 )
 from emo_select.models.preflight import check_weights
+from emo_select.models.unused import prediction_role
 from emo_select.ownership import PRUNED, require_replaceable
 from emo_select.progress import say, say_once, track
 from emo_select.storage import link_or_copy, require_space, staged_directory, write_bytes
 
 WORKERS = min(4, os.cpu_count() or 1)  # more gain nothing on one disk
 PART_BYTES = 4_000_000
+Prediction = Literal["drop", "prune", "keep"]
 REPLACED = frozenset({"config.json", INDEX, METADATA, EXPERTS, MASK, CARD})
 
 
@@ -69,7 +71,8 @@ class PrunePlan:
 
     copies: tuple[Copy, ...]
     config: dict[str, Any]
-    dropped_layers: int  # prediction layers behind the decoder
+    dropped_layers: int  # prediction layers that are left out
+    prediction_layers: int = 0  # those that there are
 
     @property
     def total_bytes(self) -> int:
@@ -81,7 +84,8 @@ class PrunePlan:
 @translated()
 def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dtype: str | None = None,
                      max_shard_size: str | int | None = None, metadata: Mapping[str, Any] | None = None,
-                     allow_nonuniform: bool = False, dequantize: bool = False) -> None:
+                     allow_nonuniform: bool = False, dequantize: bool = False, prediction: Prediction = "drop"
+                     ) -> None:
     """Write the pruned checkpoint to `out_dir`, which appears by rename when all of it is on disk.
 
     A call that was interrupted goes on with the shard it was in. With every expert kept and neither `dtype` nor
@@ -96,6 +100,8 @@ def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dt
         metadata: entries that replace those of pruning_metadata.json.
         allow_nonuniform: accept different numbers of experts per layer where the family's config can say so.
         dequantize: write quantised weights as the numbers they stand for, in `dtype` or the configuration's.
+        prediction: what becomes of prediction layers, which transformers does not load: "drop"; "prune" keeps them with
+            the experts that the last layer keeps; "keep" copies them whole.
 
     Raises:
         ModelError, CheckpointError, KeepKError, SpecError, OwnershipError, DiskSpaceError: before anything is written.
@@ -108,7 +114,8 @@ def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dt
         companions(checkpoint.directory)  # refuses links
         if keep_set.fingerprint not in (None, checkpoint.forward_fingerprint):
             say(f"The selection was made on other weights or another config than {source} has now.")
-        plan = plan_prune(checkpoint, keep_set, dtype=target, allow_nonuniform=allow_nonuniform)
+        plan = plan_prune(checkpoint, keep_set, dtype=target, allow_nonuniform=allow_nonuniform, prediction=prediction)
+        _say_prediction(plan, prediction)
         notice = top_k_notice(checkpoint.config, [len(kept or ()) for kept in keep_set.experts])
         if notice:
             say_once(notice)
@@ -116,8 +123,9 @@ def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dt
         linkable = not (dtype or limit) and _keeps_everything(checkpoint, plan)
         require_space(out_dir.parent, 0 if linkable else plan.total_bytes, "The pruned checkpoint")
         described = provenance_files(checkpoint, keep_set, str(source))
+        described[METADATA] |= {} if prediction == "drop" else {"prediction_layers": prediction}
         described[METADATA] |= metadata or {}
-        key = _resume_key(checkpoint, keep_set, target, limit, dequantize)
+        key = _resume_key(checkpoint, keep_set, target, limit, [dequantize, prediction])
         with staged_directory(out_dir, key, PRUNED, [checkpoint.directory]) as folder:
             if linkable:
                 _link_shards(checkpoint, folder)
@@ -130,11 +138,12 @@ def prune_checkpoint(source: str | Path, keep_set: KeepSet, out_dir: Path, *, dt
             write_card(folder, checkpoint.directory)
 
 
-def plan_prune(checkpoint: Checkpoint, keep_set: KeepSet, *, dtype: str | None = None, allow_nonuniform: bool = False
-               ) -> PrunePlan:
+def plan_prune(checkpoint: Checkpoint, keep_set: KeepSet, *, dtype: str | None = None, allow_nonuniform: bool = False,
+               prediction: Prediction = "drop") -> PrunePlan:
     """Decide from headers alone what the pruned checkpoint holds; reads no weights, writes nothing.
 
-    `dtype` is a safetensors name. Raises what `prune_checkpoint` raises before writing, except for disk space.
+    `dtype` is a safetensors name, `prediction` says what becomes of prediction layers. Raises what `prune_checkpoint`
+    raises before writing, except for disk space.
     """
     family = family_of(checkpoint.config)
     if checkpoint.formats.unread is None:
@@ -143,20 +152,29 @@ def plan_prune(checkpoint: Checkpoint, keep_set: KeepSet, *, dtype: str | None =
         check_unread(checkpoint, family)
     check_keep_set(checkpoint.config, keep_set)
     _check_uniform(checkpoint, family, keep_set, allow_nonuniform)
-    counts = experts_per_layer(checkpoint.config)
     tail = max(family.tails.values(), default=0)
-    new_index = [_numbers(kept or (), count, tail) for kept, count in zip(keep_set.experts, counts, strict=True)]
-    copies, dropped = [], set()
+    new_index = [_numbers(kept or (), count, tail)
+                 for kept, count in zip(keep_set.experts, family.counts, strict=True)]
+    copies, predicting = [], set()
     for name in checkpoint.tensors:
         weight = checkpoint.formats.owner.get(name)
-        role = family.role(weight.name if weight else name)
-        if role.layer is not None and role.layer >= len(counts):
-            dropped.add(role.layer)
-        elif copy := _plan_tensor(checkpoint, name, role, keep_set, new_index, dtype, weight):
+        role, place = _role_of(family, weight.name if weight else name, prediction)
+        predicting |= set() if place is None else {place}
+        if role and (copy := _plan_tensor(checkpoint, name, role, keep_set, new_index, dtype, weight)):
             copies.append(copy)
-    config = pruned_config(checkpoint.config, family, keep_set, dtype=dtype, dropped_layers=len(dropped))
+    found = len(predicting - {""}) or len(predicting)
+    dropped = found if prediction == "drop" else 0
+    config = pruned_config(checkpoint.config, family, keep_set, dtype=dtype, dropped_layers=dropped)
     config = pruned_quantization(checkpoint, config, family, new_index)
-    return PrunePlan(tuple(copies), config, len(dropped))
+    return PrunePlan(tuple(copies), config, dropped, found)
+
+
+def _role_of(family: Family, name: str, prediction: Prediction) -> tuple[Role | None, str | None]:
+    """What pruning makes of a tensor (None: left out), and the prediction layer that it belongs to (None: none)."""
+    predicts = prediction_role(family, name)
+    if predicts is None:
+        return family.role(name), None
+    return {"drop": None, "prune": predicts, "keep": Role("other")}[prediction], predicts.prefix
 
 
 def describe_plan(checkpoint: Checkpoint, plan: PrunePlan) -> dict[str, Any]:
@@ -167,6 +185,15 @@ def describe_plan(checkpoint: Checkpoint, plan: PrunePlan) -> dict[str, Any]:
             "tensors": len(plan.copies), "tensors_before": len(checkpoint.tensors),
             "bytes": plan.total_bytes, "bytes_before": checkpoint.total_bytes,
             "experts_per_token": family.value(plan.config, family.top_k_keys[0]), "dropped_layers": plan.dropped_layers}
+
+
+def _say_prediction(plan: PrunePlan, prediction: Prediction) -> None:
+    if plan.prediction_layers:
+        layers = "A prediction layer" if plan.prediction_layers == 1 else f"{plan.prediction_layers} prediction layers"
+        say({"drop": f"{layers}, for speculative decoding, left out; --prediction-layers prune takes them along.",
+             "prune": f"{layers} kept, with the experts of the last layer.",
+             "keep": f"{layers} kept whole: engines that run them expect as many experts as config.json counts now."
+             }[prediction])
 
 
 def _numbers(kept: Sequence[int], count: int, tail: int) -> dict[int, int]:
@@ -187,6 +214,8 @@ def _plan_tensor(checkpoint: Checkpoint, name: str, role: Role, keep_set: KeepSe
             return Copy(TensorSpec(name, stored, info.shape), name)
         count, axis = family_of(checkpoint.config).counts[role.layer], role.rows.axis
         rows = role.rows.entries(keep_set.experts[role.layer] or (), count)
+        if len(info.shape) <= axis or info.shape[axis] != count * role.rows.each + role.rows.tail:
+            raise CheckpointError(f"{name} has shape {list(info.shape)}, which does not fit {count} experts.")
         shape = (*info.shape[:axis], len(rows), *info.shape[axis + 1:])
         return Copy(TensorSpec(name, stored, shape), name, rows, axis)
     number = new_index[role.layer].get(-1 if role.expert is None else role.expert)
@@ -287,9 +316,9 @@ def _keeps_everything(checkpoint: Checkpoint, plan: PrunePlan) -> bool:
     return len(plan.copies) == len(checkpoint.tensors) and plan.total_bytes == checkpoint.total_bytes
 
 
-def _resume_key(checkpoint: Checkpoint, keep_set: KeepSet, dtype: str | None, limit: int | None, dequantize: bool
+def _resume_key(checkpoint: Checkpoint, keep_set: KeepSet, dtype: str | None, limit: int | None, options: list[Any]
                 ) -> str:
-    identity = [checkpoint.fingerprint, keep_set.experts, dtype, limit, *([True] if dequantize else [])]
+    identity = [checkpoint.fingerprint, keep_set.experts, dtype, limit, *options]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,13 @@ from emo_select.checkpoint.header import SAFETENSORS_DTYPE
 from emo_select.errors import CheckpointError, ModelError
 from emo_select.faults import translated
 from emo_select.models.config import EmoConfig, Olmo2NoQKNormPrenormConfig
+from emo_select.models.families import family_of, is_moe
 from emo_select.models.files import require_tokenizer
 from emo_select.models.preflight import check_weights
 from emo_select.models.registration import register
 from emo_select.models.startup import import_models
-from emo_select.progress import say, track
+from emo_select.models.unused import unused
+from emo_select.progress import say, say_once, track
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +109,7 @@ def check_tensors(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
                  if name in expected and expected[name] != shape]
     _refuse(checkpoint, {
         "missing": sorted(expected.keys() - found.keys() - optional),
-        "unexpected": sorted(found.keys() - expected.keys()),
+        "unexpected": sorted(_unexpected(checkpoint, found.keys() - expected.keys())),
         "of another shape": differing,
     })
 
@@ -156,7 +158,7 @@ def _load_weights(
         raise CheckpointError(f"The weights of {checkpoint.directory} cannot be read: {_sentence(error)}") from error
     _refuse(checkpoint, {
         "missing": sorted(report["missing_keys"]),
-        "unexpected": sorted(report["unexpected_keys"]),
+        "unexpected": sorted(_unexpected(checkpoint, report["unexpected_keys"])),
         "of another shape": sorted(str(entry[0]) for entry in report["mismatched_keys"]),
     })
     if (checkpoint.directory / "generation_config.json").exists() and checkpoint.formats.weights:
@@ -236,6 +238,15 @@ def _expected_tensors(config: PreTrainedConfig) -> tuple[dict[str, tuple[int, ..
         raise ModelError(f"The configuration cannot be built: {_sentence(error)}") from error
     tensors = revert_weight_conversion(model, model.state_dict())
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, set(model.all_tied_weights_keys)
+
+
+def _unexpected(checkpoint: Checkpoint, names: Iterable[str]) -> set[str]:
+    """Tensors that speak of another model than the configuration; what is merely not used is said and left alone."""
+    family = family_of(checkpoint.config) if is_moe(checkpoint.config) else None
+    idle = unused(family, names)
+    if idle:
+        say_once(f"{len(idle)} tensors that the model does not use, such as {min(idle)}, are left alone.")
+    return set(names) - idle
 
 
 def _refuse(checkpoint: Checkpoint, problems: Mapping[str, list[str]]) -> None:

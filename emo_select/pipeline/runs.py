@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from emo_select import names, record
 from emo_select.errors import CheckpointError
 from emo_select.spec import Execution, RunSpec, digest
+from emo_select.storage import read_json
 from emo_select.tree import RunPaths, Tree
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ class Run:
         spec = self.spec
         return spec.selects and spec.num_shared is None and spec.keep_k >= max(experts_per_layer(self.source.config))
 
+    @property
+    def prediction_layers(self) -> Literal["drop", "prune", "keep"]:
+        """What pruning does to prediction layers: as asked, else as it did when this run was pruned."""
+        return self.execution.prediction_layers or recorded_prediction(self.paths.selected_model)
+
     def fingerprint(self, stage: str) -> str:
         """Digest of everything the outputs of `stage` depend on; on another machine, the one in the run's record."""
         return digest({"stage": stage, **_DEPENDS[stage](self)}) if self.is_here else self.recorded(stage)
@@ -95,6 +101,13 @@ class Run:
         return done.stages[name].fingerprint if done and name in done.stages else ABSENT
 
 
+def recorded_prediction(pruned: Path) -> Literal["drop", "prune", "keep"]:
+    """What a pruned folder says became of prediction layers."""
+    metadata = pruned / "pruning_metadata.json"
+    found = read_json(metadata).get("prediction_layers") if metadata.is_file() else None
+    return found if found in ("prune", "keep") else "drop"
+
+
 def _activations_depend(run: Run) -> dict[str, Any]:
     chosen = run.spec.calibration
     texts = _file_digest(chosen.file) if chosen.file else run.task.fingerprint()
@@ -115,9 +128,11 @@ def _select_depends(run: Run) -> dict[str, Any]:
 
 
 def _prune_depends(run: Run) -> dict[str, Any]:
+    layers = run.prediction_layers
+    own = {"prediction_layers": layers} if layers != "drop" else {}
     if run.keeps_all:
-        return {"keep": "all", "model": run.source.fingerprint}
-    return {"select": run.fingerprint("select"), "model": run.source.fingerprint}
+        return {"keep": "all", "model": run.source.fingerprint, **own}
+    return {"select": run.fingerprint("select"), "model": run.source.fingerprint, **own}
 
 
 def _start_depends(run: Run) -> dict[str, Any]:

@@ -286,7 +286,8 @@ def _prune(run: Run) -> None:
 
     def work(run: Run, measured: Measurement) -> list[Path]:
         keep_set = KeepSet.load(run.paths.selection)
-        prune_checkpoint(run.source.directory, keep_set, run.paths.selected_model)
+        prune_checkpoint(run.source.directory, keep_set, run.paths.selected_model,
+                         prediction=run.prediction_layers)
         return [run.paths.selected_model]
 
     _perform(run, "prune", run.fingerprint("prune"), work)
