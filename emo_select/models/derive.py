@@ -259,9 +259,10 @@ class _Derivation:
         return {key: own[key] for key in (*CONFIG_DEFAULTS, *PREDICTION_KEYS) if own.get(key) is not None} | aliases
 
     def _whole(self) -> dict[str, Shape]:
-        """What is stored of the model outside of its layers."""
-        own = {name: tensor for name, tensor in self.model.state_dict().items()
-               if not name.startswith(self.layers + ".")}
+        """What is stored of the decoder outside of its layers, and its head; not what is tied to something else."""
+        root, tied = self.layers.rpartition(".")[0], self.model.all_tied_weights_keys
+        own = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied
+               and (name.startswith((root + ".", "lm_head.")) and not name.startswith(self.layers + "."))}
         return {name: tuple(tensor.shape) for name, tensor in self.disk.conversion.to_disk(own).items()}
 
     @cached_property

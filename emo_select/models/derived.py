@@ -15,7 +15,7 @@ from emo_select.models.families import Family, Fused, Rows, Stored
 from emo_select.spec import digest
 from emo_select.storage import cache_directory, write_bytes
 
-LAYOUT = 1  # of a record; a new one is a new name
+LAYOUT = 2  # of a record; a new one is a new name
 # Of a configuration, what no shape and no name depends on.
 IDLE = ("architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "quantization_config",
         "initializer_range", "use_cache", "attention_dropout", "router_aux_loss_coef", "output_router_logits")

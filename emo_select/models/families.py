@@ -560,9 +560,8 @@ def check_layout(checkpoint: Checkpoint) -> Family:
     if extra and not family.extra_layers_key:
         raise CheckpointError(f"{checkpoint.directory} has a layer {extra[0]}, but its config.json counts "
                               f"{len(family.counts)} layers.")
-    for layer, count in enumerate(family.counts):
-        if count:
-            _check_layer(checkpoint, family, layer, names.get(layer, ()))
+    for layer in range(len(family.counts)):
+        _check_layer(checkpoint, family, layer, names.get(layer, ()))
     return family
 
 
@@ -588,6 +587,8 @@ def _check_layer(checkpoint: Checkpoint, family: Family, layer: int, names: Sequ
 def _expert_names(checkpoint: Checkpoint, family: Family, layer: int) -> dict[str, str]:
     """Disk name → suffix of every router and expert tensor that a layer must have."""
     count = family.counts[layer]
+    if not count:
+        return {}
     place = _place(checkpoint, family, layer) if family.kind_of else f"{family.disk_layers[0]}.{layer}."
     memory = {part: name for name, stored in family.stored.items() for part in stored.parts}
     names = {_either(checkpoint, place + suffix, place + memory.get(suffix, suffix)): suffix

@@ -20,6 +20,7 @@ from emo_select.models.families import (
     experts_per_layer,
     family_of,
     is_moe,
+    model_parameters,
     tensors_of_layer,
     top_k,
 )
@@ -67,12 +68,15 @@ def _check_derived(checkpoint: Checkpoint, family: Family) -> None:
     for layer, kind in enumerate(family.kind_of):
         for name, shape in tensors_of_layer(checkpoint, family, layer, family.kinds[kind]):
             expected[name] = shape
+    needed = expected.keys() - family.whole.keys() | {
+        name for source in model_parameters(checkpoint) for name in source.names}
+    needed |= {name for name in family.whole if name.startswith("lm_head.") and family.disk_layers[0] == family.layers}
+    for name in sorted(needed - checkpoint.tensors.keys()):
+        raise CheckpointError(f"{checkpoint.directory} has no tensor {name}, which its config.json needs; download "
+                              "or save it again.")
     for name, shape in expected.items():
         if name in checkpoint.tensors:
             _check_tensor(checkpoint, name, checkpoint.tensors[name], shape)
-        elif name not in family.whole:
-            raise CheckpointError(f"{checkpoint.directory} has no tensor {name}, which its config.json needs; download "
-                                  "or save it again.")
 
 
 def _check_presence(checkpoint: Checkpoint, sizes: Sequence[str], widths: Sequence[str]) -> None:
