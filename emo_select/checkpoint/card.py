@@ -152,7 +152,16 @@ def _loading(folder: Path) -> str:
               f'model = {kind}.from_pretrained(folder, dtype="auto")',
               "tokenizer = AutoTokenizer.from_pretrained(folder)"]
     code = "\n".join(lines)
-    return f"\n## How to load\n\n```python\n{code}\n```\n"
+    return f"\n## How to load\n\n```python\n{code}\n```\n" + (_without_us(folder) if ours else "")
+
+
+def _without_us(folder: Path) -> str:
+    """What transformers alone makes of an architecture of ours: the code that the folder brings along, if it does."""
+    if _json(folder / "config.json").get("auto_map") and any(folder.glob("*.py")):
+        return ("\nWithout emo-select, `trust_remote_code=True` runs the Python code in this folder, which came with "
+                "the source.\n")
+    return ("\nThe folder brings no code: without emo-select (`pip install emo-select`) transformers does not know this "
+            "architecture.\n")
 
 
 def _score(content: Mapping[str, Any]) -> str:

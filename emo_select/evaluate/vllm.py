@@ -28,6 +28,7 @@ RENAMED = {  # disk → vLLM's OLMoE, whose layers are pre-norm too
     ".pre_attention_layernorm.": ".input_layernorm.",
     ".pre_feedforward_layernorm.": ".post_attention_layernorm.",
 }
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # in every release; others are looked up
 OLDEST = (0, 27)  # as in pyproject.toml
 CHUNK = 1024  # requests handed to vLLM at a time; what is answered survives a kill
 
@@ -66,14 +67,14 @@ def unservable(config: Mapping[str, Any]) -> str | None:
     """
     if config.get("model_type") == "olmo2_noqknorm_prenorm":
         return "vLLM does not know the dense baseline (olmo2_noqknorm_prenorm)"
-    if find_spec("vllm") is None or "cpu" not in vllm_distribution():
+    heads, size = config.get("num_attention_heads"), config.get("head_dim")
+    size = size or (config["hidden_size"] // heads if heads and config.get("hidden_size") else None)
+    if size in (None, *CPU_HEADS) or find_spec("vllm") is None or "cpu" not in vllm_distribution():
         return None
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    heads, size = config.get("num_attention_heads"), config.get("head_dim")
-    size = size or (config["hidden_size"] // heads if heads and config.get("hidden_size") else None)
     known = sorted(CPUAttentionBackend.get_supported_head_sizes())
-    if size is None or size in known:
+    if size in known:
         return None
     return f"vLLM on a CPU runs attention heads of {', '.join(map(str, known))}, and this model's are of {size}"
 

@@ -54,6 +54,19 @@ def test_the_code_of_the_card_loads_the_model(pruned):
     assert found["tokenizer"].vocab_size > 0
 
 
+def test_it_says_what_the_model_needs_without_us(pruned):
+    assert "The folder brings no code" in (pruned / CARD).read_text()
+    config = json.loads((pruned / "config.json").read_text())
+    auto_map = {"AutoModelForCausalLM": "modeling_emo.EmoForCausalLM"}
+    (pruned / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    (pruned / "modeling_emo.py").touch()
+    write_card(pruned, EMO)
+    assert "`trust_remote_code=True` runs" in (pruned / CARD).read_text()
+    (pruned / "config.json").write_text(json.dumps({**config, "model_type": "olmoe"}))
+    write_card(pruned, EMO)
+    assert "Without emo-select" not in (pruned / CARD).read_text()
+
+
 def test_licence_and_base_model_come_from_the_source(tmp_path, pruned):
     source = tmp_path / "models--allenai--Emo" / "snapshots" / "x"
     source.mkdir(parents=True)

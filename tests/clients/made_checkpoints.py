@@ -69,6 +69,37 @@ def prune(source: Path, out: Path, keep: int, **options: Any) -> Path:
     return out
 
 
+@torch.no_grad()
+def with_wider_heads(source: Path, out: Path, size: int) -> Path:
+    """The same function with attention heads of `size`, a multiple of the source's.
+
+    The rotary pair i of a head of d turns by theta^(-2i/d), which is what pair i · size/d of the wider head does; the
+    other dimensions are zero. Queries are scaled by what the wider head's softmax divides by in addition.
+    """
+    from emo_select.models import load_model
+
+    model: Any = load_model(str(source), dtype="float32", device="cpu")
+    narrow = model.config.hidden_size // model.config.num_attention_heads
+    pairs = torch.arange(narrow // 2) * (size // narrow)
+    places = torch.cat((pairs, pairs + size // 2))
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for name in ("q_proj", "k_proj", "v_proj"):
+            heads = getattr(attention, name).weight.unflatten(0, (-1, narrow))
+            wide = heads.new_zeros(heads.shape[0], size, heads.shape[2])
+            wide[:, places] = heads * ((size / narrow) ** 0.5 if name == "q_proj" else 1)
+            getattr(attention, name).weight = torch.nn.Parameter(wide.flatten(0, 1))
+        columns = attention.o_proj.weight.unflatten(1, (-1, narrow))
+        wide = columns.new_zeros(columns.shape[0], columns.shape[1], size)
+        wide[:, :, places] = columns
+        attention.o_proj.weight = torch.nn.Parameter(wide.flatten(1))
+    model.config.head_dim = size
+    model.save_pretrained(out)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(source / name, out)
+    return out
+
+
 def train(start: Path, out: Path, **options: Any) -> Path:
     """`start` after four steps on random tokens."""
     from emo_select.finetune.examples import from_lists

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_calls import in_environment
-from made_checkpoints import expected, prompts, prune, save_emo, save_stock
+from client_calls import HERE, in_environment
+from made_checkpoints import DEMO, expected, prompts, prune, save_emo, save_stock, with_wider_heads
 
 from emo_select.evaluate import EvalOptions, evaluate_checkpoint
 from emo_select.tasks import get_tasks
 
 pytestmark = pytest.mark.client
 NEW_TOKENS = 8
+DEMO_TASKS = ("demo_harbor", "demo_kitchen", "demo_museum", "demo_orchard", "demo_railway", "demo_theater",
+              "demo_village", "demo_workshop")
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +68,38 @@ def test_eval_with_vllm_equals_the_default_backend(checkpoints: dict[str, Path],
         assert [row.get("doc_id") for row in theirs] == [row.get("doc_id") for row in ours]
 
 
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped demo with heads of 32 instead of 16, and the same logits."""
+    wide = with_wider_heads(DEMO, tmp_path_factory.mktemp("demo") / "wide", 32)
+    rows = prompts(2)
+    for seen, wanted in zip(expected(wide, rows, NEW_TOKENS), expected(DEMO, rows, NEW_TOKENS), strict=True):
+        assert seen["log_probabilities"] == pytest.approx(wanted["log_probabilities"], abs=1e-4)
+        assert seen["tokens"] == wanted["tokens"]
+    return wide
+
+
+def test_every_demo_task_killed_and_resumed(demo: Path, tmp_path: Path) -> None:
+    """Four by choice and four by generation; killed within the first, within the fourth, and finished."""
+    command = ["eval", "--model", str(demo), "--task", ",".join(DEMO_TASKS), "--limit", "24", "--backend", "vllm",
+               "--dtype", "float32", "--output-dir", str(tmp_path / "vllm")]
+    for after, finished in ((40, 0), (140, 2)):
+        in_environment("vllm", HERE / "killed_eval.py", str(after), *command, code=-9)
+        assert len(list(tmp_path.rglob("task-*-metrics.json"))) >= finished
+        assert list(tmp_path.rglob(".responses-*.jsonl"))
+    done = in_environment("vllm", "-m", "emo_select", *command)
+    assert "done before" in done.stderr and not list(tmp_path.rglob(".responses-*.jsonl"))
+    evaluate_checkpoint(demo, get_tasks(list(DEMO_TASKS)), tmp_path / "hf", EvalOptions(limit=24, device="cpu"))
+    for task in DEMO_TASKS:
+        ours, theirs = (predictions(tmp_path / backend, task) for backend in ("hf", "vllm"))
+        assert len(ours) == 24
+        assert numbers(theirs) == pytest.approx(numbers(ours), abs=1e-3), task
+
+
 def test_what_vllm_cannot_run_is_one_sentence(tmp_path: Path) -> None:
-    uneven = save_emo(tmp_path / "uneven", num_experts_per_layer=[8, 16], num_shared_experts_per_layer=[1, 1])
-    done = in_environment("vllm", "-m", "emo_select", "eval", "--model", str(uneven), "--task", "demo_railway",
+    done = in_environment("vllm", "-m", "emo_select", "eval", "--model", "demo/emo", "--task", "demo_railway",
                           "--limit", "1", "--backend", "vllm", "--output-dir", str(tmp_path / "out"), code=2)
-    assert "Traceback" not in done.stderr and "--backend hf" in done.stderr
+    assert "Traceback" not in done.stderr and "attention heads of 32" in done.stderr and "--backend hf" in done.stderr
 
 
 def predictions(folder: Path, task: str) -> list[dict[str, Any]]:
