@@ -18,7 +18,6 @@ from emo_select.errors import CheckpointError, ModelError, SpecError, UsageError
 from emo_select.evaluate.vllm import OLDEST, unservable, vllm_distribution, vllm_version
 
 PROGRAMS = {"python": [sys.executable], "vllm": [sys.executable, "-m", "vllm.entrypoints.cli.main"]}
-TRANSFORMERS = "import emo_select; from transformers.cli.transformers import main; main()"
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def vllm_command(server: Server) -> list[str]:
 
 def transformers_command(server: Server) -> list[str]:
     """transformers' own server, with our architectures known to it."""
-    return ["python", "-c", TRANSFORMERS, "serve", str(server.folder), "--host", server.host, "--port",
+    return ["python", "-m", "emo_select.serving.transformers_cli", "serve", str(server.folder), "--host", server.host, "--port",
             str(server.port), *server.extra]
 
 

@@ -65,7 +65,7 @@ def test_the_printed_command_is_complete(tmp_path: Path) -> None:
     assert printed(folder, "--engine", "vllm", "--port", 8123, "--", "--dtype", "float32") == (
         f"vllm serve '{folder}' --served-model-name 'my model' --host 127.0.0.1 --port 8123 --dtype float32")
     command = printed(folder, "--engine", "transformers")
-    assert command.startswith("python -c 'import emo_select;") and f"serve '{folder}'" in command
+    assert command.startswith(f"python -m emo_select.serving.transformers_cli serve '{folder}' --host")
 
 
 def test_a_run_serves_its_last_checkpoint_under_its_own_name(tmp_path: Path) -> None:
