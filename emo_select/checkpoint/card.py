@@ -160,8 +160,8 @@ def _without_us(folder: Path) -> str:
     if _json(folder / "config.json").get("auto_map") and any(folder.glob("*.py")):
         return ("\nWithout emo-select, `trust_remote_code=True` runs the Python code in this folder, which came with "
                 "the source.\n")
-    return ("\nThe folder brings no code: without emo-select (`pip install emo-select`) transformers does not know this "
-            "architecture.\n")
+    return ("\nThe folder brings no code: without emo-select (`pip install emo-select`) transformers does not know "
+            "this architecture.\n")
 
 
 def _score(content: Mapping[str, Any]) -> str:

@@ -66,8 +66,8 @@ def vllm_command(server: Server) -> list[str]:
 
 def transformers_command(server: Server) -> list[str]:
     """transformers' own server, with our architectures known to it."""
-    return ["python", "-m", "emo_select.serving.transformers_cli", "serve", str(server.folder), "--host", server.host, "--port",
-            str(server.port), *server.extra]
+    return ["python", "-m", "emo_select.serving.transformers_cli", "serve", str(server.folder), "--host",
+            server.host, "--port", str(server.port), *server.extra]
 
 
 def _vllm_missing() -> str | None:
