@@ -142,15 +142,16 @@ def _trained(training: Training | None, step: int) -> Iterator[tuple[str, str]]:
 
 
 def _loading(folder: Path) -> str:
-    ours = _json(folder / "config.json").get("model_type") in OUR_TYPES
     adapter = (folder / "adapter_config.json").is_file()
-    kind = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
-    lines = ["import emo_select  # makes this architecture known to transformers"] if ours else []
-    lines += [f"from {'peft' if adapter else 'transformers'} import {kind}",
-              "from transformers import AutoTokenizer", "",
-              'folder = "path/to/this/folder"  # or the id that you uploaded it under',
-              f'model = {kind}.from_pretrained(folder, dtype="auto")',
-              "tokenizer = AutoTokenizer.from_pretrained(folder)"]
+    ours = _json((folder.with_name("checkpoint-0") if adapter else folder) / "config.json").get("model_type")
+    lines = ["import emo_select  # makes this architecture known to transformers"] if ours in OUR_TYPES else []
+    lines += ["from peft import PeftModel"] if adapter else []
+    lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+              'folder = "path/to/this/folder"  # or the id that you uploaded it under']
+    lines += ['base = "path/to/checkpoint-0"  # the finetuned model, beside this folder; or its id'] if adapter else []
+    lines += [f'model = AutoModelForCausalLM.from_pretrained({"base" if adapter else "folder"}, dtype="auto")']
+    lines += ["model = PeftModel.from_pretrained(model, folder)"] if adapter else []
+    lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
     code = "\n".join(lines)
     return f"\n## How to load\n\n```python\n{code}\n```\n" + (_without_us(folder) if ours else "")
 

@@ -129,8 +129,8 @@ def expert_adapters(model: PeftModel, module: str) -> list[str]:
     return [name for name, _ in model.named_parameters() if f".{module}." in name and ".lora_B." in name]
 
 
-def save_adapter(model: PeftModel, tensors: dict[str, Any], folder: Path, source: Path) -> None:
-    """Write the adapter in peft's layout, pointing at `source` as its base model."""
-    model.peft_config["default"].base_model_name_or_path = str(source)
+def save_adapter(model: PeftModel, tensors: dict[str, Any], folder: Path, base: str) -> None:
+    """Write the adapter in peft's layout; `base` is the path from it to its model, which moves along with it."""
+    model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(str(folder), state_dict=tensors, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's blank model card

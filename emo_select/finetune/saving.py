@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from emo_select.checkpoint import Checkpoint, ShardedWriter, TensorSpec, open_ch
 from emo_select.checkpoint.companions import copy_companions
 from emo_select.checkpoint.header import DTYPES
 from emo_select.checkpoint.quantised import without_quantization
+from emo_select.checkpoint.tokenizer import FILES
 from emo_select.errors import CheckpointError
 from emo_select.finetune.lora import save_adapter
 from emo_select.finetune.recipe import checkpoint_steps
@@ -172,7 +174,10 @@ def write_adapter(model: PeftModel, tensors: dict[str, Tensor], source: Path, fi
     discard(partial)
     adapter = partial / "adapter" if merge else partial
     adapter.mkdir(parents=True)
-    save_adapter(model, tensors, adapter, source)
+    save_adapter(model, tensors, adapter, "../../checkpoint-0" if merge else "../checkpoint-0")
+    for name in FILES:  # who loads an adapter looks for the tokenizer beside it
+        if (source / name).is_file():
+            shutil.copyfile(source / name, adapter / name)
     if merge:
         merged = merge_adapter(load_model(str(source), dtype="auto", dequantize=True), adapter)
         _write_tensors(merged, merged.state_dict(), source, partial)

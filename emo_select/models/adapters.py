@@ -23,10 +23,10 @@ def base_and_adapter(source: str) -> tuple[str, Path | None]:
     """The model that `source` names and, where it is the folder of an adapter, that folder.
 
     An adapter's model is the `checkpoint-0` beside it, which every training leaves there and which moves with it, else
-    the one that its configuration names.
+    the one that its configuration names: a path from the adapter's folder, a folder, or a Hub id.
 
     Raises:
-        CheckpointError: the adapter's configuration cannot be read or names no model.
+        CheckpointError: the adapter's configuration cannot be read, names no model, or one that is not there.
     """
     folder = Path(source).expanduser()
     if not (folder / CONFIG).is_file() or (folder / "config.json").exists():
@@ -36,7 +36,11 @@ def base_and_adapter(source: str) -> tuple[str, Path | None]:
     if not base:
         raise CheckpointError(f"{folder / CONFIG} does not say which model the adapter belongs to; set its "
                               "base_model_name_or_path.")
-    return base, folder
+    from_here = (folder.resolve() / base).resolve()
+    if base.startswith("..") and not from_here.is_dir():
+        raise CheckpointError(f"The model of the adapter in {folder} should be in {from_here}; put it there, or set "
+                              f"base_model_name_or_path in {CONFIG}.")
+    return str(from_here) if base.startswith("..") else base, folder
 
 
 def adapter_fingerprint(adapter: Path) -> str:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from finetune_cases import CPU, GOLDEN, golden_tokens, golden_training
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
@@ -88,9 +88,30 @@ def unmerged(tmp_path_factory):
 
 def test_unmerged_checkpoint_is_an_adapter(unmerged):
     names = {path.name for path in (unmerged / "checkpoint-4").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md", ".emo-select.json"}
-    config = json.loads((unmerged / "checkpoint-4" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(GOLDEN / CASE / "model")
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "README.md", ".emo-select.json"}
+    assert not any(name.startswith(("config", "model")) for name in names)
+    assert "PeftModel.from_pretrained(model, folder)" in (unmerged / "checkpoint-4" / "README.md").read_text()
+
+
+def test_a_training_that_was_moved_loads_in_stock_peft(unmerged, tmp_path, monkeypatch):
+    """By name of its model from anywhere, by its own word from its own folder."""
+    moved = shutil.copytree(unmerged, tmp_path / "elsewhere" / "moved")
+    adapter = moved / "checkpoint-4"
+    ours = logits_of(merge_adapter(load_model(str(moved / "checkpoint-0")), adapter))
+    base = AutoModelForCausalLM.from_pretrained(moved / "checkpoint-0")
+    torch.testing.assert_close(logits_of(PeftModel.from_pretrained(base, adapter)), ours, atol=1e-5, rtol=1e-4)
+    monkeypatch.chdir(adapter)
+    torch.testing.assert_close(logits_of(AutoPeftModelForCausalLM.from_pretrained(".")), ours, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_that_stayed_behind_is_missed_by_name(unmerged, tmp_path):
+    alone = shutil.copytree(unmerged / "checkpoint-4", tmp_path / "alone")
+    with pytest.raises(CheckpointError, match=r"should be in .*checkpoint-0"):
+        base_and_adapter(str(alone))
+    config = json.loads((alone / "adapter_config.json").read_text())
+    (alone / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "../here"}))
+    (tmp_path / "here").mkdir()
+    assert base_and_adapter(str(alone)) == (str(tmp_path / "here"), alone)
 
 
 def test_an_adapter_is_found_with_its_model_and_merged_in_memory(unmerged, tmp_path):
@@ -101,7 +122,6 @@ def test_an_adapter_is_found_with_its_model_and_merged_in_memory(unmerged, tmp_p
     assert (logits_of(load_model(base)) - adapted).abs().max() > 1e-3
     torch.testing.assert_close(logits_of(merge_adapter(load_model(base), adapter)), adapted, atol=1e-5, rtol=1e-4)
     alone = shutil.copytree(adapter, tmp_path / "alone")
-    assert base_and_adapter(str(alone)) == (str(GOLDEN / CASE / "model"), alone)
     assert base_and_adapter(base) == (base, None)
     before = adapter_fingerprint(adapter)
     tensors = load_file(alone / "adapter_model.safetensors")
