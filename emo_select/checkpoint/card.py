@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from emo_select.checkpoint.header import read_header
 from emo_select.checkpoint.quantised import formats_of
-from emo_select.checkpoint.sources import split_revision
+from emo_select.checkpoint.sources import name_of, split_revision
 from emo_select.storage import write_bytes
 
 if TYPE_CHECKING:
     from emo_select.spec import Training
 
-CARD = "README.md"
+CARD, ADAPTER = "README.md", "adapter_config.json"
 MARK = "<!-- Written by emo-select. What follows “Scores” is replaced after every evaluation; the rest is yours. -->"
 SCORES = "\n## Scores\n"
 KEPT_KEYS = ("license", "license_name", "license_link", "language")
@@ -32,13 +32,14 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 def write_card(folder: Path, start: Path, training: Training | None = None, step: int = 0) -> None:
     """Write the card of a folder that is being made from the model in `start`, by pruning or by `training`."""
-    named = _json(folder / "pruning_metadata.json").get("original_model")
+    about = start if (folder / ADAPTER).is_file() else folder  # an adapter has no files about the model that it is for
+    named = _json(about / "pruning_metadata.json").get("original_model")
     above = front_matter(start / CARD)
-    source = str(named or above.get("base_model") or _name_of(start))
+    source = str(named or above.get("base_model") or name_of(start))
     target = folder / CARD
     target.unlink(missing_ok=True)  # it may be a hard link, or a copy of another model's
-    target.write_text(_head(above, source, folder, trained=training is not None) + _title(folder, source, step)
-                      + _table([*_origin(above, source), *_kept(folder), *_size(folder), *_trained(training, step)])
+    target.write_text(_head(above, source, folder, trained=training is not None) + _title(about, source, step)
+                      + _table([*_origin(above, source), *_kept(about), *_size(folder), *_trained(training, step)])
                       + _loading(folder) + SCORES + "\nNot evaluated yet.\n", encoding="utf-8")
 
 
@@ -72,7 +73,7 @@ def _head(above: Mapping[str, Any], source: str, folder: Path, *, trained: bool)
 
     hub_id = split_revision(source)[0]
     is_hub_id = HUB_ID.fullmatch(hub_id) and not hub_id.startswith("demo/")
-    adapter = (folder / "adapter_config.json").is_file()
+    adapter = (folder / ADAPTER).is_file()
     data = {key: above[key] for key in KEPT_KEYS if key in above}
     data |= {"base_model": hub_id} if is_hub_id else {}
     data |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
@@ -142,7 +143,7 @@ def _trained(training: Training | None, step: int) -> Iterator[tuple[str, str]]:
 
 
 def _loading(folder: Path) -> str:
-    adapter = (folder / "adapter_config.json").is_file()
+    adapter = (folder / ADAPTER).is_file()
     ours = _json((folder.with_name("checkpoint-0") if adapter else folder) / "config.json").get("model_type")
     lines = ["import emo_select  # makes this architecture known to transformers"] if ours in OUR_TYPES else []
     lines += ["from peft import PeftModel"] if adapter else []
@@ -184,12 +185,6 @@ def _range(numbers: set[int]) -> str:
 def _safe(text: str) -> str:
     """One line that is nothing but text in a markdown table."""
     return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "'")
-
-
-def _name_of(folder: Path) -> str:
-    """The Hub id of a folder in the Hub's cache, else the folder's own name."""
-    cached = next((part for part in folder.parts if part.startswith("models--")), None)
-    return cached.removeprefix("models--").replace("--", "/") if cached else folder.name
 
 
 def _json(path: Path, absent: Any = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from emo_select import progress
@@ -15,6 +16,7 @@ PUBLISHED = (
     "allenai/StdMoE_1b14b_1T_EmoAnnealed",
 )
 DATA_DIR_VARIABLE = "EMO_SELECT_DATA_DIR"
+OF_A_RUN = re.compile(r"selected_model|finetuned_model|checkpoint-\d+")  # names that say nothing by themselves
 MODELS = "models"  # the data folder's own folder of models
 # Code comes along as text, so that a pruned copy still has it; nothing runs it unless the user asks for that.
 TORCH_FILES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")
@@ -48,6 +50,21 @@ def resolve(source: str, revision: str | None = None, *, data_dir: str | Path | 
         raise ModelError(f"{name} is not on this machine, and nothing is downloaded now; get it with `emo-select "
                          f"fetch --model {name} --to DIR`, then give --data-dir DIR.")
     return cached or _snapshot(*split_revision(name))
+
+
+def passed_on(source: str) -> str:
+    """What a model is called in files that travel: ids as they are; of a folder on this machine only its name."""
+    path = Path(source).expanduser()
+    return name_of(path) if path.is_absolute() or path.is_dir() else source
+
+
+def name_of(folder: Path) -> str:
+    """The Hub id of a folder in the Hub's cache, else the folder's own name, with the run's where it says nothing."""
+    cached = next((part for part in folder.parts if part.startswith("models--")), None)
+    if cached:
+        return cached.removeprefix("models--").replace("--", "/")
+    telling = next((part for part in reversed(folder.parts) if not OF_A_RUN.fullmatch(part)), "").strip("/")
+    return folder.name if telling in ("", folder.name) else f"{folder.name} of {telling}"
 
 
 def here(source: str, data_dir: str | Path | None = None) -> Path | None:

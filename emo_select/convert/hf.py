@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE
+from emo_select.checkpoint.sources import passed_on
 from emo_select.checkpoint.writer import ShardedWriter, TensorSpec, assign_shards
 from emo_select.convert.dcp import TrainingTensors
 from emo_select.convert.experiment import TrainingModel, read_experiment, with_vocabulary
@@ -217,8 +218,8 @@ def _write_group(plan: HfPlan, group: Group, out: ShardedWriter) -> None:
 def _record(checkpoint: Path, plan: HfPlan, options: HfOptions) -> dict[str, Any]:
     """How the folder came about, with what released configs have no place for."""
     model = plan.model
-    return {"format": "hf", "source": str(checkpoint.resolve()), "source_fingerprint": fingerprint(checkpoint),
-            "options": asdict(options), "trained_with": {
+    return {"format": "hf", "source": passed_on(str(checkpoint.resolve())),
+            "source_fingerprint": fingerprint(checkpoint), "options": asdict(options), "trained_with": {
                 "router": model.router, "pools": asdict(model.pools) if model.pools else None,
                 "load_balancing_weight": model.balance, "sequence_length": model.sequence_length}}
 

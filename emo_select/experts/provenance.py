@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from emo_select.checkpoint import Checkpoint
+from emo_select.checkpoint.sources import passed_on
 from emo_select.errors import CheckpointError
 from emo_select.experts.keepset import KeepSet, expert_mask, pruning_metadata
 from emo_select.models.families import experts_per_layer
@@ -29,7 +30,8 @@ def provenance_files(checkpoint: Checkpoint, keep_set: KeepSet, source: str) -> 
     local: Kept = [None if kept is None else list(kept) for kept in keep_set.experts]
     ancestors = [{**one, "experts_kept_per_layer": _composed(one["experts_kept_per_layer"], local)}
                  for one in _ancestors(checkpoint)]
-    own = {"model": keep_set.model or source, "weights_fingerprint": checkpoint.content.weights,
+    keep_set = keep_set.model_copy(update={"model": passed_on(keep_set.model) if keep_set.model else None})
+    own = {"model": keep_set.model or passed_on(source), "weights_fingerprint": checkpoint.content.weights,
            "experts_kept_per_layer": local}
     first = [*ancestors, own][0]
     kept = first["experts_kept_per_layer"]

@@ -18,6 +18,7 @@ from emo_select import ownership
 from emo_select.checkpoint import Checkpoint, ShardedWriter, assign_shards, open_checkpoint
 from emo_select.checkpoint.card import write_card
 from emo_select.checkpoint.companions import companions, copy_companions
+from emo_select.checkpoint.sources import passed_on
 from emo_select.errors import SpecError
 from emo_select.experts.keepset import KeepSet
 from emo_select.experts.provenance import METADATA, provenance_files
@@ -135,7 +136,7 @@ def _record(members: Sequence[Member], taken: Changes, options: ComposeOptions) 
 def _member_record(member: Member, taken: Changes) -> dict[str, Any]:
     tensors = Counter(change.unit.group for change in taken.values() if any(each is member for each, _ in change.by))
     about = {key: member.metadata.get(key) for key in ("task", "pruning_method", "prune_keep_k")}
-    return {"model": member.name, **about, "weights_fingerprint": member.checkpoint.content.weights,
+    return {"model": passed_on(member.name), **about, "weights_fingerprint": member.checkpoint.content.weights,
             "experts_kept_per_layer": [list(kept) or None for kept in member.kept], "changes_taken": dict(tensors)}
 
 

@@ -17,6 +17,7 @@ from emo_select.checkpoint import Checkpoint, ShardedWriter, TensorSpec, assign_
 from emo_select.checkpoint.companions import companions, copy_companions
 from emo_select.checkpoint.header import DTYPES, SAFETENSORS_DTYPE
 from emo_select.checkpoint.quantised import without_quantization
+from emo_select.checkpoint.sources import passed_on
 from emo_select.errors import CheckpointError, ModelError, SpecError
 from emo_select.faults import translated
 from emo_select.finetune.freezing import memory_kind, routed_per_layer
@@ -87,7 +88,8 @@ def merge_back(child: str | Path, into: str, out_dir: Path, options: MergeOption
         ownership.require_replaceable(out_dir, full.directory, tuned.directory)
         plan = plan_merge(full, tuned, kept_in(full, read_json(metadata), into, str(child)), options)
         require_space(out_dir, full.total_bytes, "The merged model")
-        record = _record(plan, options, {"into": into, "child": str(source), "metadata": str(metadata)})
+        record = _record(plan, options, {"into": passed_on(into), "child": passed_on(str(source.absolute())),
+                                         "metadata": f"{passed_on(str(metadata.absolute().parent))}/{metadata.name}"})
         key = digest([full.fingerprint, tuned.fingerprint, record])
         with staged_directory(out_dir, key, ownership.MERGED, [full.directory, tuned.directory]) as folder:
             _write(full, tuned, plan, options, folder)

@@ -341,3 +341,9 @@ def test_logits_of_chosen_positions_are_those_of_all():
         found = [model(IDS, logits_to_keep=kept).logits for kept in (3, torch.tensor([1, 4]), mask)]
     for ours, theirs in zip(found, (every[:, -3:], every[:, [1, 4]], every[mask]), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_configurations_name_no_remote_code_and_say_so():
+    """TRL looks at `auto_map` without asking whether it is there."""
+    config = EmoConfig()
+    assert config.auto_map == {} and "auto_map" not in config.to_dict()
