@@ -13,6 +13,8 @@ from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
 class _PublishedKeys:
     """Writes RoPE settings as `rope_theta` and `rope_scaling`, the keys that every published reader knows."""
 
+    auto_map: ClassVar[dict[str, str]] = {}  # some programs (TRL) look there without asking whether it is there
+
     def to_dict(self) -> dict[str, Any]:
         """The values of `config.json`; reading them back gives an equal configuration."""
         output: dict[str, Any] = super().to_dict()  # type: ignore[misc]
