@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from emo_select.checkpoint import ShardedWriter, TensorSpec, assign_shards
+from emo_select.models.shapes import outline
 
 POOL_VALUES = 1 << 25  # random values that all tensors are cut from: drawing every one would take longer than the disk
 
@@ -41,6 +42,22 @@ def make_random_checkpoint(directory: Path, *, layers: int = 16, experts: int = 
         for spec in specs:
             out.write(spec.name, _values(spec, pool, generator).to(_TORCH[dtype]))
     made.write_text(json.dumps({**config, "benchmark_seed": seed}))
+    return directory
+
+
+def make_random_weights(directory: Path, config: dict[str, Any], seed: int = 0) -> Path:
+    """A checkpoint of random weights for any config.json, in the names that the Hub has, streamed to disk in BF16."""
+    made = directory / "config.json"
+    if made.exists() and json.loads(made.read_text()) == config:
+        return directory
+    directory.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.randn(POOL_VALUES, generator=generator)
+    specs = [TensorSpec(name, "BF16", info.shape) for name, info in outline(config, directory).tensors.items()]
+    with ShardedWriter(directory, assign_shards(specs, 5_000_000_000)) as out:
+        for spec in specs:
+            out.write(spec.name, _values(spec, pool, generator).to(torch.bfloat16))
+    made.write_text(json.dumps(config))
     return directory
 
 

@@ -21,6 +21,7 @@ from emo_select.experts.layers import Embedded, Skeleton
 from emo_select.experts.options import StreamOptions
 from emo_select.experts.prefixes import split, whole
 from emo_select.experts.probe import probe
+from emo_select.experts.products import Stopwatch
 from emo_select.experts.rules import LayerRules, layer_rules
 from emo_select.experts.scores import LayerSums
 from emo_select.experts.states import Budget, HiddenStates
@@ -30,6 +31,7 @@ from emo_select.experts.workers import Result, Workers
 from emo_select.models.families import experts_per_layer
 from emo_select.models.masks import why_no_mask
 
+WORTH_SAYING = 10.0  # seconds
 EVERYTHING = "all"  # the group of examples that were given none
 
 
@@ -56,7 +58,7 @@ class Pass:
         self.batches = pack(self.segments, options.batch_tokens())
         self.rows = self.batches[-1].stop if self.batches else 0
         self.budget = Budget(self.device, options.budget_bytes(), options.scratch)
-        self.workers = Workers(self.device)
+        self.workers, self._products = Workers(self.device), Stopwatch(self.device)
         self.key = _digest(checkpoint.forward_fingerprint, self.dtype, options.batch_tokens(), ROW_TOKENS,
                            self.team.size, num_shared, token_ids, groups)
 
@@ -86,8 +88,11 @@ class Pass:
 
     def each_batch(self, step: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result]]:
         """(batch, step(batch)) for all batches, those of shared prefixes done before any other begins."""
+        def timed(batch: Batch) -> Result:
+            return self._products.timed(step, batch)
+
         for leads in (True, False):
-            yield from self.workers.map(step, [batch for batch in self.batches if batch.leads == leads])
+            yield from self.workers.map(timed, [batch for batch in self.batches if batch.leads == leads])
 
     def new_sums(self, layer: int, names: Sequence[str]) -> LayerSums:
         """Zeros for an MoE layer."""
@@ -106,7 +111,9 @@ class Pass:
         try:
             self.skeleton.take(Texts(self.segments))
             with torch.inference_mode(), progress.track(what, total=self.layers * self.rows * streams) as bar:
-                yield Meter(bar, self.layers)
+                meter = Meter(bar, self.layers)
+                yield meter
+            meter.say(self._products.seconds / self.workers.count)
         finally:
             self.workers.close()
             self.reader.close()
@@ -130,6 +137,15 @@ class Meter:
         rate = self._done / max(time.monotonic() - self._begun, 1e-9)
         self._bar.advance(tokens, f"layer {self._layer + 1}/{self._layers}, {rate:,.0f} tokens/s, "
                                   f"peak {peak_memory() / 1e9:.1f} GB")
+
+
+    def say(self, products: float) -> None:
+        """Sum up a pass that took long enough to ask where its time went; `products`: seconds in matrix products."""
+        seconds = time.monotonic() - self._begun
+        if seconds < WORTH_SAYING:
+            return
+        share = f", {products / seconds:.0%} of them in matrix products" if products else ""
+        progress.say(f"{self._done:,} tokens × layers in {seconds:.0f} s{share}; peak {peak_memory() / 1e9:.1f} GB.")
 
 
 def peak_memory() -> int:

@@ -19,24 +19,27 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """As many threads as torch would use for one operation, each with one core; on a GPU the calling thread alone."""
+    """As many threads as torch would use for one operation, each with one core; on a GPU the calling thread alone.
+
+    `count` says how many.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._count = torch.get_num_threads() if device.type == "cpu" else 1
+        self.count = torch.get_num_threads() if device.type == "cpu" else 1
         self._pool: ThreadPoolExecutor | None = None
 
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
         """(item, work(item)) in order, in inference mode; a few items are under way at a time."""
-        if self._count == 1 or len(items) == 1:
+        if self.count == 1 or len(items) == 1:
             yield from ((item, work(item)) for item in items)
             return
-        self._pool = self._pool or ThreadPoolExecutor(self._count, "batch", initializer=torch.set_num_threads,
+        self._pool = self._pool or ThreadPoolExecutor(self.count, "batch", initializer=torch.set_num_threads,
                                                       initargs=(1,))
         ahead: deque[tuple[Item, Future[Result]]] = deque()
         try:
             for item in items:
                 ahead.append((item, self._pool.submit(torch.inference_mode()(work), item)))
-                if len(ahead) > self._count + 1:
+                if len(ahead) > self.count + 1:
                     yield _done(ahead)
             while ahead:
                 yield _done(ahead)
