@@ -30,8 +30,8 @@ from emo_select.experts.moe import Recorder, streamed_experts
 from emo_select.experts.prune import pruned_config
 from emo_select.experts.routers import Ear, Nowhere, Routing, Scores
 from emo_select.experts.stream import Reader, Shell, cut, fill
+from emo_select.models.conversion import built_config, meta_model
 from emo_select.models.families import always_active_per_layer, experts_per_layer, shared_per_layer
-from emo_select.models.startup import import_models
 
 FIRST_NORMS = ("input_layernorm", "pre_attention_layernorm")  # feed attention alone where halves are independent
 
@@ -46,7 +46,7 @@ class Skeleton:
 
     def __init__(self, reader: Reader, kinds: Kinds) -> None:
         self._reader, self._source, self._family = reader, reader.checkpoint.config, reader.family
-        model = empty_model(self._source, reader.dtype)
+        model: Any = meta_model(built_config(self._source)).eval()
         self._base: Any = model.get_submodule(self._family.layers.rpartition(".")[0])
         self._layers: Any = model.get_submodule(self._family.layers)
         self.config: Any = self._base.config
@@ -157,7 +157,7 @@ class Skeleton:
         content = pruned_config(self._source, self._family, keep_set)
         key = json.dumps(content, sort_keys=True)
         if key not in self._configs:
-            made = transformers_config(content)
+            made = built_config(content)
             self._configs[key] = made if type(made) is type(self.config) else made.get_text_config()
             self._configs[key]._attn_implementation = self.config._attn_implementation
         return self._configs[key]
@@ -329,23 +329,6 @@ class Zeros(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Zeros in the input's shape."""
         return torch.zeros_like(hidden)
-
-
-def empty_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """The causal model of a configuration on the meta device."""
-    import_models()
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(transformers_config(config), dtype=dtype,
-                                                trust_remote_code=False).eval()
-
-
-def transformers_config(config: Mapping[str, Any]) -> Any:
-    """What transformers makes of a config.json."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
 
 
 def compute_buffers(model: Any, module: nn.Module, device: torch.device) -> None:

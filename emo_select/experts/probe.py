@@ -21,10 +21,11 @@ from emo_select.errors import EmoSelectError, ModelError
 from emo_select.experts.batches import Batch, pack
 from emo_select.experts.frame import Texts, first_of
 from emo_select.experts.kinds import Kinds, LayerKind, kind_of, mixers_of, returned
-from emo_select.experts.layers import Embedded, Skeleton, empty_model, transformers_config
+from emo_select.experts.layers import Embedded, Skeleton
 from emo_select.experts.prefixes import Segment
 from emo_select.experts.routers import choice
 from emo_select.experts.stream import Reader
+from emo_select.models.conversion import built_config, meta_model
 from emo_select.models.families import Family, experts_per_layer, family_of
 from emo_select.models.memory import ModelInMemory
 from emo_select.models.tiny import SMALL, every_key, tiny_config
@@ -59,7 +60,7 @@ def probe(config: Mapping[str, Any]) -> Probe:
 
 @lru_cache(maxsize=64)
 def _probe(content: str) -> Probe:
-    config = json.loads(content)
+    config = text_part(json.loads(content))
     model = small_copy(config)
     family = family_of(config)
     texts, seen = _texts(LENGTHS), _Seen(model, family)
@@ -83,19 +84,16 @@ def small_copy(config: Mapping[str, Any]) -> Any:
     Raises:
         ModelError: it cannot be built.
     """
-    from transformers import AutoModelForCausalLM
-
-    large = empty_model(config, torch.float32)
+    large = meta_model(built_config(config)).eval()
     if sum(parameter.numel() for parameter in large.parameters()) > SMALL:
         kinds = [kind_of(layer) for layer in large.get_submodule(family_of(config).layers)]
         # a layer behind another one shows whether it takes more from there than hidden states
         config = tiny_config(config, 1 + max((kinds[1:].index(kind) + 1 for kind in kinds[1:]), default=0))
-    config = every_key(config, max(LENGTHS))
+    built = built_config(every_key(config, max(LENGTHS)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            model = AutoModelForCausalLM.from_config(transformers_config(config), dtype=torch.float32,
-                                                     trust_remote_code=False).eval()
+            model = type(large)(built).eval()
         except FAILURES as error:
             raise ModelError(f"No small copy of this {config['model_type']} model can be built to try it out "
                              f"({error}); docs/families.md says what to do.") from error
@@ -104,6 +102,15 @@ def small_copy(config: Mapping[str, Any]) -> Any:
                 if tensor.is_floating_point():  # norms around one, as the neutral element would hide a missing norm
                     tensor.normal_(mean=1.0 if "norm" in name else 0.0, std=0.3)
     return model
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a multimodal configuration, if transformers has a model for it alone."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    inner = config.get("text_config")
+    alone = isinstance(inner, dict) and inner.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return inner if alone and isinstance(inner, dict) else config
 
 
 class _Text:
