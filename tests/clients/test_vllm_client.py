@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from client_calls import HERE, in_environment
-from made_checkpoints import DEMO, expected, prompts, prune, save_emo, save_stock, with_wider_heads
+from made_checkpoints import DEMO, expected, prompts, prune, put_back, save_emo, save_stock, train, with_wider_heads
 
 from emo_select.evaluate import EvalOptions, evaluate_checkpoint
+from emo_select.spec import Lora
 from emo_select.tasks import get_tasks
 
 pytestmark = pytest.mark.client
@@ -21,7 +22,7 @@ DEMO_TASKS = ("demo_harbor", "demo_kitchen", "demo_museum", "demo_orchard", "dem
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """EMO pruned to 16 and below top-k, in shards, without a shared expert; three stock families."""
+    """EMO pruned in several ways, finetuned, with an adapter merged, merged back, in other layouts; stock families."""
     root = tmp_path_factory.mktemp("checkpoints")
     emo = save_emo(root / "emo")
     plain = save_emo(root / "plain", num_experts=16, num_shared_experts=0)
@@ -32,11 +33,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     other = save_emo(root / "other_full", attention_bias=True, head_dim=64, tie_word_embeddings=True, num_experts=16,
                      num_key_value_heads=1)
     active = save_emo(root / "active_full", num_experts=16, num_shared_experts=0, always_active_experts=[2, 5])
+    mixtral = save_stock("Mixtral", root / "mixtral_full", num_local_experts=8, num_experts_per_tok=2)
+    pruned = prune(emo, root / "emo_16", 16)
+    tuned = train(pruned, root / "tuned")
     return {
+        "emo_16": pruned, "emo_finetuned": tuned, "emo_merged_back": put_back(tuned, emo, root / "merged_back"),
+        "emo_adapter": train(pruned, root / "lora", lora=Lora(rank=2, merge=True)),
+        "mixtral": prune(mixtral, root / "mixtral", 6),
         "emo_dense_first_uneven": prune(uneven, root / "uneven", 6),
         "emo_biases_head_size_tied": prune(other, root / "other", 6),
         "emo_always_active": prune(active, root / "active", 6),
-        "emo_16": prune(emo, root / "emo_16", 16), "emo_3": prune(emo, root / "emo_3", 3),
+        "emo_3": prune(emo, root / "emo_3", 3),
         "emo_shards": prune(emo, root / "emo_shards", 16, max_shard_size="300KB"),
         "emo_no_shared": prune(plain, root / "emo_no_shared", 6),
         "qwen3_moe": prune(qwen, root / "qwen3_moe", 6), "olmoe": prune(olmoe, root / "olmoe", 6),
