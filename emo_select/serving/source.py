@@ -37,7 +37,7 @@ def _checkpoint_of(run: RunPaths, step: int | None) -> Path:
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{run.directory} has no {folder.name}; `emo-select run --config "
                               f"{run.config}` makes it.")
-    return folder
+    return folder.resolve()
 
 
 def _pruned(source: str, selection: Path, out: Path | None) -> Path:
@@ -46,11 +46,11 @@ def _pruned(source: str, selection: Path, out: Path | None) -> Path:
     keep_set, target = KeepSet.load(path), out or path.parent / "selected_model"
     if target.exists():
         if _is_pruned_to(target, source, keep_set):
-            return target
+            return target.resolve()
         raise SpecError(f"{target} is another model than {source} pruned to {path}; choose another with --out.")
     say(f"Pruning {source} to {path} …")
     prune_checkpoint(source, keep_set, target, allow_nonuniform=True)
-    return target
+    return target.resolve()
 
 
 def _is_pruned_to(folder: Path, source: str, keep_set: KeepSet) -> bool:
