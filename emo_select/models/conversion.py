@@ -45,21 +45,27 @@ def built_config(config: Mapping[str, Any]) -> PreTrainedConfig:
         raise ModelError(f"The configuration cannot be used: {_sentence(error)}") from error
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """transformers' automatic class that builds language models of this kind: of some, only with their image part."""
+    import_models()
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    only_with_images = (type(config) in AutoModelForImageTextToText._model_mapping
+                        and type(config) not in AutoModelForCausalLM._model_mapping)
+    return AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
+
+
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The language model of a configuration, without weights.
 
     Raises:
         ModelError: transformers has no language model for it, or it cannot be built.
     """
-    import_models()
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    known = type(config) in AutoModelForCausalLM._model_mapping
-    kind = AutoModelForCausalLM if known else AutoModelForImageTextToText
     try:
         with torch.device("meta"):
-            return kind.from_config(config, trust_remote_code=False)
+            return auto_class(config).from_config(config, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         raise ModelError(f"The configuration cannot be built: {_sentence(error)}") from error
 
@@ -126,7 +132,7 @@ class Conversion:
         return made
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _conversion(config: str) -> Conversion:
     return Conversion(meta_model(built_config(json.loads(config))))
 

@@ -484,7 +484,9 @@ def _fused_source(checkpoint: Checkpoint, family: Family, fused: Fused, layer: i
     own = place + fused.parameter
     if own in checkpoint.tensors and place + fused.parts[0].replace("{e}", "0") not in checkpoint.tensors:
         return ParameterSource(name, own, fused.rows.entries(kept, count), is_experts=True)
-    config = _frozen(checkpoint.config) if fused.converted else ""
+    # some rules look whether shapes fit the model, so they are those of a model of just these experts
+    fewer = family.changed(checkpoint.config, dict.fromkeys(family.count_keys, len(kept)))
+    config = _frozen(fewer if len(kept) != count else checkpoint.config) if fused.converted else ""
     if not fused.per_expert:
         rows = family.rows.get(fused.parts[0], Rows()).entries(kept, count)
         entering = [f"{usual}.{layer}.{fused.parts[0]}"] if fused.converted else []
@@ -617,8 +619,11 @@ def tensors_of_layer(checkpoint: Checkpoint, family: Family, layer: int, kind: M
     place = _place(checkpoint, family, layer)
     memory = {part: name for name, stored in family.stored.items() for part in stored.parts}
     memory |= {part: fused.parameter for fused in family.experts for part in fused.parts}
+    turned = {part for fused in family.experts if fused.converted for part in fused.parts}
     for own, shape in kind.items():
         name = place + own.replace("{e}", "0")
+        if own in turned and name in checkpoint.tensors and sorted(checkpoint.info(name).shape) == sorted(shape):
+            continue  # transformers transposes where a shape asks for it
         if name in checkpoint.tensors or place + memory.get(own, own) not in checkpoint.tensors:
             yield name, shape
 

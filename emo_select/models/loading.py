@@ -13,6 +13,7 @@ from emo_select.checkpoint.header import SAFETENSORS_DTYPE
 from emo_select.errors import CheckpointError, ModelError
 from emo_select.faults import translated
 from emo_select.models.config import EmoConfig, Olmo2NoQKNormPrenormConfig
+from emo_select.models.conversion import auto_class
 from emo_select.models.families import family_of, is_moe
 from emo_select.models.files import require_tokenizer
 from emo_select.models.preflight import check_weights
@@ -186,15 +187,14 @@ def _weights_from(checkpoint: Checkpoint, config: PreTrainedConfig, dtype: str |
                   ) -> tuple[Any, dict[str, Any]]:
     """The class to load, and where it takes its weights from: the folder, or our reading of quantised ones."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     if not checkpoint.formats.weights or getattr(config, "quantization_config", None) is not None:
-        return AutoModelForCausalLM, {"pretrained_model_name_or_path": checkpoint.directory, "dtype": dtype,
-                                      "trust_remote_code": trust_remote_code}
+        return auto_class(config), {"pretrained_model_name_or_path": checkpoint.directory, "dtype": dtype,
+                                    "trust_remote_code": trust_remote_code}
     chosen = (config.dtype or torch.bfloat16) if dtype == "auto" else dtype
     view = checkpoint.plain(SAFETENSORS_DTYPE[str(chosen).removeprefix("torch.")])
     with torch.device("meta"):  # the automatic classes take weights from folders only
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        kind = type(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
     return kind, {"pretrained_model_name_or_path": None, "dtype": chosen,
                   "state_dict": {name: _Lazy(view, name) for name in view.tensors}}
 
