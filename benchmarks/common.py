@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,19 @@ def make_random_checkpoint(directory: Path, *, layers: int = 16, experts: int = 
     """
     config = _config(layers=layers, experts=experts, hidden=hidden, width=width, vocab=vocab, heads=heads, top_k=top_k,
                      shared=shared, dtype=dtype)
+    return write_random(directory, config, _shapes(config), dtype, seed, max_shard_bytes)
+
+
+def write_random(directory: Path, config: dict[str, Any], shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: str,
+                 seed: int = 0, max_shard_bytes: int = 5_000_000_000) -> Path:
+    """Random weights of these names and shapes beside `config`, streamed to disk."""
     made = directory / "config.json"
     if made.exists() and json.loads(made.read_text()) == {**config, "benchmark_seed": seed}:
         return directory
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     pool = torch.randn(POOL_VALUES, generator=generator)
-    specs = [TensorSpec(name, dtype, shape) for name, shape in _shapes(config)]
+    specs = [TensorSpec(name, dtype, shape) for name, shape in shapes]
     with ShardedWriter(directory, assign_shards(specs, max_shard_bytes)) as out:
         for spec in specs:
             out.write(spec.name, _values(spec, pool, generator).to(_TORCH[dtype]))
@@ -114,18 +121,31 @@ def stopwatch() -> Iterator[list[float]]:
     seconds[0] = time.perf_counter() - start
 
 
-def run_child(code: str, *arguments: str) -> dict[str, Any]:
+def run_child(code: str, *arguments: str, python: str | Path = sys.executable) -> dict[str, Any]:
     """Run Python code in a fresh process; returns what it printed as JSON last, plus `seconds` and `peak_bytes`.
 
+    `python` may be the interpreter of another environment.
     `peak_bytes` is the child's VmHWM, its resident set at the highest, shared libraries included.
     """
     tail = ("\nimport json, re\n"
             "peak = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
             "print(json.dumps({'result': globals().get('result'), 'peak_bytes': peak}))")
     with stopwatch() as seconds:
-        command = [sys.executable, "-c", code + tail, *arguments]
+        command = [str(python), "-c", code + tail, *arguments]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return {**json.loads(done.stdout.splitlines()[-1]), "seconds": seconds[0]}
+
+
+def environment(name: str, requirements: Path | None = None) -> Path:
+    """Python of a client's environment (see tests/clients), else of one by `requirements`; made where it is missing."""
+    place = Path(__file__).parents[1] / "tests" / "clients" / "environments.py"
+    spec = importlib.util.spec_from_file_location("environments", place)
+    assert spec is not None and spec.loader is not None
+    environments: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(environments)
+    environments.REQUIREMENTS = requirements or environments.REQUIREMENTS
+    made: Path = environments.python_of(name) or environments.make(name) / "bin" / "python"
+    return made
 
 
 def drop_page_cache(paths: Sequence[Path]) -> None:

@@ -58,6 +58,8 @@ def read_vocabulary(folder: Path, rows: int, pre: str | None = None) -> Vocabula
     if not files.path.is_file():
         raise ModelError(f"{folder} has no tokenizer.json; copy the model's own there.")
     content = read_json_object(files.path, ModelError)
+    if (content.get("model") or {}).get("type") != "BPE" or content["model"].get("byte_fallback"):
+        raise ModelError(f"The tokenizer in {folder} is no byte-level BPE, and only such are exported.")
     named = pre or _splitting(content)
     if files.size > rows:
         raise ModelError(f"The tokenizer in {folder} has {files.size} tokens and the model only {rows}.")
@@ -78,7 +80,7 @@ def _splitting(content: Mapping[str, Any]) -> str:
     model = content.get("model") or {}
     pattern = _pattern(content.get("pre_tokenizer") or {})
     found = SPLITS.get((pattern or "", bool(model.get("ignore_merges"))))
-    if model.get("type") != "BPE" or model.get("byte_fallback") or content.get("normalizer") or found is None:
+    if content.get("normalizer") or found is None:
         raise ModelError("llama.cpp has no name for how this tokenizer splits texts; name the nearest that it has with "
                          "--tokenizer-pre, such as gpt-2 or llama-bpe.")
     return found

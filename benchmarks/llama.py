@@ -1,0 +1,71 @@
+"""Size and speed of a full and a pruned EMO in llama.cpp, as `export gguf` writes them.
+
+    python benchmarks/llama.py            # 6 layers × 48 experts, hidden 512; 12 experts kept; f32 and q8_0
+
+llama.cpp runs in the environment of tests/clients (`make clients`) and times itself: a prompt of 256 tokens, then 64
+new ones, the best of three. Weights are random: only size and speed mean anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from common import environment, make_random_checkpoint, run_child, table
+
+import emo_select
+from emo_select.experts.keepset import KeepSet
+from emo_select.experts.prune import prune_checkpoint
+from emo_select.export.gguf import export_gguf
+
+TOKENIZER = Path(emo_select.__file__).parent / "demo" / "models" / "emo"
+SHAPE = {"layers": 6, "experts": 48, "hidden": 512, "width": 256, "heads": 8, "top_k": 5, "shared": 1}
+ASK = """
+import json, sys, xllamacpp
+settings = xllamacpp.CommonParams()
+settings.model.path = sys.argv[1]
+settings.n_ctx, settings.n_parallel, settings.fit_params, settings.port = 512, 1, False, 0
+settings.verbosity, settings.cpuparams.n_threads = 0, int(sys.argv[2])
+server, found = xllamacpp.Server(settings), []
+for _ in range(3):
+    answer = server.handle_completions({"prompt": list(range(3, 259)), "n_predict": 64, "temperature": 0,
+                                        "ignore_eos": True, "cache_prompt": False})
+    found.append((json.loads(answer) if isinstance(answer, str | bytes) else answer)["timings"])
+result = {name: max(one[name] for one in found) for name in ("prompt_per_second", "predicted_per_second")}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/emo-select-llama"))
+    parser.add_argument("--keep", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=2)
+    chosen = parser.parse_args()
+    rows = []
+    for name, model in models(chosen.folder, chosen.keep).items():
+        for dtype in ("f32", "q8_0"):
+            out = chosen.folder / f"{name}-{dtype}"
+            shutil.rmtree(out, ignore_errors=True)
+            export_gguf(model, out, dtype=dtype, tokenizer_pre="gpt-2")
+            child = run_child(ASK, str(out / "model.gguf"), str(chosen.threads), python=environment("llama"))
+            speed = child["result"]
+            rows.append([name, dtype, f"{(out / 'model.gguf').stat().st_size / 1e6:.0f}",
+                         f"{speed['prompt_per_second']:.0f}", f"{speed['predicted_per_second']:.0f}",
+                         f"{child['peak_bytes'] / 1e6:.0f}"])
+    print(table(rows, ["model", "type", "MB", "prompt tokens/s", "new tokens/s", "peak MB"]))
+
+
+def models(folder: Path, keep: int) -> dict[str, Path]:
+    """The full model, and the one with `keep` experts per layer, the shared one among them."""
+    full, pruned = make_random_checkpoint(folder / "full", **SHAPE), folder / f"pruned-{keep}"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, full)
+    if not pruned.exists():
+        experts = ((*range(keep - 1), SHAPE["experts"] - 1),) * SHAPE["layers"]
+        prune_checkpoint(full, KeepSet(experts=experts, method="random", keep_k=keep, num_shared=1), pruned)
+    return {f"{SHAPE['experts']} experts": full, f"{keep} experts": pruned}
+
+
+if __name__ == "__main__":
+    main()
