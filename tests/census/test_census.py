@@ -6,18 +6,20 @@ tested without a change here.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import EXPERTS, VOCABULARY, moe_types, tiny_checkpoint, tiny_config
+from hooked import Hooked, layerwise, smaller
+from tiny_models import VOCABULARY, moe_types, tiny_checkpoint, tiny_config
 from transformers import AutoModelForCausalLM
 
 from emo_select.checkpoint import open_checkpoint
 from emo_select.errors import ModelError
-from emo_select.experts.keepset import KeepSet
+from emo_select.experts import collect_activations, select_layerwise
 from emo_select.experts.prune import prune_checkpoint
 from emo_select.models.families import family_of, layer_parameters, model_parameters, read_parameter
 
@@ -25,8 +27,11 @@ REFUSED = {
     "doge": "grows with the number of experts otherwise than by entries of each expert",
     "jetmoe": "counts several sets of experts in one layer by one key",
 }
+UNSTREAMED: dict[str, str] = {}
 FAMILIES = [name for name in moe_types() if name not in REFUSED]
 KEPT = (0, 2, 4, 6, 9, 11)  # two of each group of four
+PROMPTS = [torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+           for length in (7, 3, 12, 5)]
 IDS = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(1))
 
 
@@ -34,11 +39,6 @@ IDS = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_s
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the tiny checkpoints are."""
     return tmp_path_factory.mktemp("census")
-
-
-def keep_set(config: dict[str, Any], kept: tuple[int, ...] = KEPT) -> KeepSet:
-    return KeepSet(experts=tuple(kept if count else None for count in family_of(config).counts), method="random",
-                   keep_k=len(kept))
 
 
 def load(folder: Path) -> Any:
@@ -53,30 +53,15 @@ def logits(model: Any) -> torch.Tensor:
         return model(IDS, use_cache=False).logits
 
 
-def cut(model: Any, config: dict[str, Any], pruned: Any) -> Any:
-    """`pruned` with the weights of the full model in memory, without those of dropped experts."""
-    family = family_of(config)
-    rows = family.router_rows | {fused.parameter: fused.rows for fused in family.experts}
-    state = model.state_dict()
-    for name, value in state.items():
-        place = family.in_layer(name)
-        if place and place[1] in rows and family.counts[place[0]]:
-            layout = rows[place[1]]
-            index = torch.tensor(layout.entries(KEPT, EXPERTS))
-            state[name] = value.index_select(layout.axis, index)
-    pruned.load_state_dict(state)
-    return pruned
-
-
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_pruned_copy_is_the_model_without_the_experts(model_type: str, models: Path, tmp_path: Path) -> None:
     model, folder = tiny_checkpoint(model_type, models)
     config = open_checkpoint(folder).config
-    prune_checkpoint(folder, keep_set(config), tmp_path / "pruned")
-    pruned = load(tmp_path / "pruned")
-    found = logits(pruned)
+    small, keep_set = smaller(model, config, KEPT)
+    prune_checkpoint(folder, keep_set, tmp_path / "pruned")
+    found = logits(load(tmp_path / "pruned"))
     assert (found - logits(model)).abs().max() > 1e-4  # experts matter
-    assert (found - logits(cut(model, config, pruned))).abs().max() < 2e-5
+    assert (found - logits(small)).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -91,6 +76,26 @@ def test_every_parameter_can_be_read_by_itself(model_type: str, models: Path) ->
     assert all(torch.equal(read[name], state[name]) for name in read)
     head = {name for name in state if not name.startswith(family.layers.rpartition(".")[0] + ".")}
     assert read.keys() == state.keys() - head
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_selection_is_that_of_hooks_on_the_loaded_model(model_type: str, models: Path) -> None:
+    model, folder = tiny_checkpoint(model_type, models)
+    checkpoint = open_checkpoint(folder)
+    if model_type in UNSTREAMED:
+        with pytest.raises(ModelError, match=UNSTREAMED[model_type]):
+            select_layerwise(checkpoint, PROMPTS, [6])
+        return
+    found = select_layerwise(checkpoint, PROMPTS, [6])[6]
+    assert [kept and list(kept) for kept in found.experts] == layerwise(model, checkpoint.config, PROMPTS, 6)
+    layers = [layer for layer, count in enumerate(family_of(checkpoint.config).counts) if count]
+    ours = collect_activations(checkpoint, PROMPTS)
+    theirs = Hooked(copy.deepcopy(model), checkpoint.config, layers).run(PROMPTS)
+    for layer in layers:
+        expected = {"router_probability": theirs.probability[layer] / theirs.tokens,
+                    "reap": theirs.reap[layer] / theirs.used[layer].clamp(min=1)}
+        for name in expected if theirs.used[layer].any() else ["router_probability"]:
+            assert ours.score(name)[layer] == pytest.approx(expected[name].tolist(), rel=2e-4, abs=2e-6), (name, layer)
 
 
 @pytest.mark.parametrize("model_type", REFUSED)

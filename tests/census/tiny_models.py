@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
     "num_experts_per_tok": TOP_K, "num_experts_per_token": TOP_K, "moe_topk": TOP_K, "moe_k": TOP_K,
     "top_k_experts": TOP_K, "n_group": 3, "num_expert_group": 3, "topk_group": 2, "routed_scaling_factor": 1.5,
     "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
-    "index_head_dim": 8, "index_n_heads": 2, "index_topk": 4, "sliding_window": 8, "sliding_window_size": 8,
+    "index_head_dim": 8, "index_n_heads": 2, "index_topk": 64, "sliding_window": 8, "sliding_window_size": 8,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
     "linear_head_dim": 8, "linear_num_heads": 2, "router_jitter_noise": 0.0, "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 0,
