@@ -179,8 +179,10 @@ class FilledExperts(nn.Module):
         norms = hidden.new_zeros(index.shape, dtype=torch.float32)
         for expert in index.unique().tolist():
             token, slot = torch.where(index == expert)
-            alone = index.new_full((len(token), 1), expert)
-            output = self.module(hidden[token], alone, hidden.new_ones(len(token), 1))
+            alone = index.new_full((len(token), index.shape[1]), expert)  # as wide as ever: some take one for none
+            gates = hidden.new_zeros(alone.shape)
+            gates[:, 0] = 1
+            output = self.module(hidden[token], alone, gates)
             norms[token, slot] = torch.linalg.vector_norm(output.reshape(len(token), -1), dim=-1, dtype=torch.float32)
         return norms
 

@@ -123,8 +123,12 @@ class Reader:
     def read_experts(self, layer: int, kept: Sequence[int]) -> dict[str, Tensor]:
         """As `experts`, whatever is ahead."""
         prefix = f"{self.family.layers}.{layer}.{self.family.experts_module}."
-        return {source.parameter.removeprefix(prefix): self._read_fused(source).to(self.device, self.dtype)
-                for source in expert_parameters(self.checkpoint, layer, kept)}
+        found = {source.parameter.removeprefix(prefix): self._read_fused(source).to(self.device, self.dtype)
+                 for source in expert_parameters(self.checkpoint, layer, kept)}
+        each = {fused.parameter.removeprefix(f"{self.family.experts_module}."): fused.rows.each
+                for fused in self.family.experts}
+        return {name: value if each[name] == 1 else value.unflatten(0, (len(kept), each[name]))
+                for name, value in found.items()}
 
     def _read_fused(self, source: ParameterSource) -> Tensor:
         """One parameter of all experts."""

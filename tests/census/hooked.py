@@ -58,7 +58,7 @@ class Hooked:
                     alone = torch.full((len(token), width), expert)
                     once = torch.zeros(len(token), width, dtype=gates.dtype)
                     once[:, 0] = 1
-                    output = plain(flat[token], alone, once)
+                    output = plain(flat[token], alone, once).reshape(len(token), -1)
                     self.used[number][expert] += len(token)
                     self.reap[number][expert] += (gates[token, slot] * output.norm(dim=-1)).sum(dtype=torch.float64)
             return plain(hidden, index, gates, *rest)

@@ -27,7 +27,10 @@ REFUSED = {
     "doge": "grows with the number of experts otherwise than by entries of each expert",
     "jetmoe": "counts several sets of experts in one layer by one key",
 }
-UNSTREAMED: dict[str, str] = {}
+UNSTREAMED = {  # that cannot be selected layer by layer
+    "hy_v4": "Shared DSA layers require top-k indices from a previous full indexer layer",
+    "zaya": "gives other numbers layer by layer than whole",
+}
 FAMILIES = [name for name in moe_types() if name not in REFUSED]
 KEPT = (0, 2, 4, 6, 9, 11)  # two of each group of four
 PROMPTS = [torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length)).tolist()
