@@ -126,7 +126,7 @@ def _size(folder: Path) -> Iterator[tuple[str, str]]:
     headers = {name: info for shard in sorted(folder.glob("*.safetensors"))
                for name, info in read_header(shard).items()}
     if headers:
-        formats = formats_of(_json(folder / "config.json"), headers)
+        formats = formats_of(_json(folder / "config.json"), headers, folder)
         plain = [info.shape for name, info in headers.items() if name not in formats.owner]
         parameters = sum(map(prod, [*plain, *(weight.shape for weight in formats.weights.values())]))
         size = sum(info.bytes for info in headers.values())

@@ -77,6 +77,14 @@ def read_header(path: Path, shard: str | None = None) -> dict[str, TensorInfo]:
     return _tensors(path, header, start=8 + length, size=size, shard=shard or path.name)
 
 
+def read_integers(directory: Path, info: TensorInfo) -> tuple[int, ...]:
+    """Values of a small tensor of whole numbers (I64 or I32)."""
+    with (directory / info.shard).open("rb") as file:
+        file.seek(info.offset)
+        data = file.read(info.bytes)
+    return struct.unpack(f"<{math.prod(info.shape)}{'q' if info.dtype == 'I64' else 'i'}", data)
+
+
 def read_weight_map(path: Path) -> dict[str, str]:
     """Tensor name → shard, from the index of a sharded checkpoint. Raises `CheckpointError` where it is not one."""
     weight_map = read_json_object(path, CheckpointError).get("weight_map")

@@ -16,9 +16,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
-from emo_select.checkpoint.header import TensorInfo
+from emo_select.checkpoint.header import TensorInfo, read_integers
 from emo_select.errors import CheckpointError, ModelError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -128,8 +129,8 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
             for key, value in plain.items()}
 
 
-def formats_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Formats:
-    """What of these tensors is quantised.
+def formats_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], directory: Path) -> Formats:
+    """What of these tensors, which lie in `directory`, is quantised. Reads headers, and sizes of packed rows.
 
     Raises:
         CheckpointError, ModelError: a payload without scale, a form or an arithmetic that is not known, named.
@@ -142,7 +143,7 @@ def formats_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
     method = str(settings.get("quant_method", "unknown"))
     if method not in READ:
         return Formats(method=method, unread=next(iter(packed), None))
-    found = {one.name: one for one in _find(method, settings, tensors)}
+    found = {one.name: one for one in _find(method, settings, tensors, directory)}
     formats = Formats(found, method)
     lost = [name for name in packed if name not in formats.owner and tensors[name].dtype in (*FLOAT8, "U8")]
     if lost:
@@ -158,7 +159,8 @@ def _require_plain(packed: list[str], tensors: Mapping[str, TensorInfo]) -> None
                               "quantization_config, so nobody can load it; copy that of the original model.")
 
 
-def _find(method: str, settings: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[Quantised]:
+def _find(method: str, settings: Mapping[str, Any], tensors: Mapping[str, TensorInfo], directory: Path
+          ) -> Iterator[Quantised]:
     for name, info in tensors.items():
         for form in FORMS:
             if info.dtype not in form.dtypes or not name.endswith(form.payload):
@@ -166,12 +168,12 @@ def _find(method: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor
             stem = name.removesuffix(form.payload) if form.payload else name
             scale = next((stem + suffix for suffix in form.scales if stem + suffix in tensors), None)
             if scale is not None:
-                yield _described(method, settings, tensors, stem, form, name, scale)
+                yield _described(method, settings, tensors, stem, form, name, scale, directory)
                 break
 
 
 def _described(method: str, settings: Mapping[str, Any], tensors: Mapping[str, TensorInfo], stem: str, form: Form,
-               payload: str, scale: str) -> Quantised:
+               payload: str, scale: str, directory: Path) -> Quantised:
     def beside(suffixes: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(stem + suffix for suffix in suffixes if stem + suffix in tensors)
 
@@ -182,7 +184,7 @@ def _described(method: str, settings: Mapping[str, Any], tensors: Mapping[str, T
                      next(iter(beside(GLOBAL_SCALES)), None), next(iter(beside(ZERO_POINTS)), None),
                      beside(COMPANIONS), exponents=tensors[scale].dtype == "U8", work="F32")
     if method == "compressed-tensors":
-        return _compressed(settings, tensors, stem, base)
+        return _compressed(settings, tensors, stem, base, directory)
     if method == "mxfp4":
         return _rebuilt(base, shape=_blocks_shape(base, tensors), numbers="fp4", transposed=True)
     block = settings.get("weight_block_size")
@@ -192,8 +194,8 @@ def _described(method: str, settings: Mapping[str, Any], tensors: Mapping[str, T
     return _rebuilt(base, block=_fitting(size, base, tensors))
 
 
-def _compressed(settings: Mapping[str, Any], tensors: Mapping[str, TensorInfo], stem: str, base: Quantised
-                ) -> Quantised:
+def _compressed(settings: Mapping[str, Any], tensors: Mapping[str, TensorInfo], stem: str, base: Quantised,
+                directory: Path) -> Quantised:
     """compressed-tensors: the group of the configuration that the module belongs to says how numbers are meant."""
     group = _group(settings, stem)
     layout = group.get("format") or settings.get("format")
@@ -210,7 +212,8 @@ def _compressed(settings: Mapping[str, Any], tensors: Mapping[str, TensorInfo], 
     size = (int(block[0]), int(block[1])) if isinstance(block, list) and len(block) == 2 else None
     if stored == "I32":
         bits = int(weights.get("num_bits") or 4)
-        return _rebuilt(base, shape=_unpacked(base, tensors, weights, bits), numbers="ints", bits=bits, work=None)
+        shape = _unpacked(base, tensors, weights, bits, directory)
+        return _rebuilt(base, shape=shape, numbers="ints", bits=bits, work=None)
     in_fp32 = base.exponents or (stored in FLOAT8 and EXPERT.search(stem + "."))
     return _rebuilt(base, work="F32" if in_fp32 else None, block=_fitting(size, base, tensors))
 
@@ -227,17 +230,19 @@ def _group(settings: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     return next(iter(by_class or groups), {})
 
 
-def _unpacked(base: Quantised, tensors: Mapping[str, TensorInfo], weights: Mapping[str, Any], bits: int
-              ) -> tuple[int, ...]:
-    """Shape of a weight that is packed into int32: exact by its groups, else by as many columns as fit."""
+def _unpacked(base: Quantised, tensors: Mapping[str, TensorInfo], weights: Mapping[str, Any], bits: int,
+              directory: Path) -> tuple[int, ...]:
+    """Shape of a weight that is packed into int32: by its groups, else by the shape stored beside it."""
     *lead, words = base.shape
     groups, size = tensors[base.scale].shape[-1:], weights.get("group_size")
     if weights.get("strategy") == "group" and groups and size:
         return (*lead, groups[0] * int(size))
-    if words * 32 % bits:
-        raise ModelError(f"{base.payload} holds {bits}-bit numbers for whole rows, whose count is not in its shape; "
-                         "use the bfloat16 original.")
-    return (*lead, words * 32 // bits)
+    stored = next((name for name in base.others if name.endswith(".weight_shape")), None)
+    columns = read_integers(directory, tensors[stored])[-1] if stored else words * 32 // bits
+    if math.ceil(columns * bits / 32) != words:
+        raise CheckpointError(f"{base.payload} has {words} words per row, which are not {columns} numbers of {bits} "
+                              "bits; download or save the checkpoint again.")
+    return (*lead, columns)
 
 
 def _fitting(size: tuple[int, int] | None, base: Quantised, tensors: Mapping[str, TensorInfo]

@@ -179,7 +179,7 @@ class Checkpoint:
     @cached_property
     def formats(self) -> Formats:
         """What of it is quantised, and how; raises what `formats_of` raises."""
-        return formats_of(self.config, self.tensors)
+        return formats_of(self.config, self.tensors, self.directory)
 
     def plain(self, dtype: str | None = None) -> Checkpoint:
         """This checkpoint with every quantised weight as the numbers it stands for; itself where none is quantised.

@@ -65,7 +65,7 @@ def load_model(
         config = load_config(checkpoint, trust_remote_code=trust_remote_code)
         import_models()
         if isinstance(config, EmoConfig | Olmo2NoQKNormPrenormConfig):
-            check_tensors(checkpoint, config)
+            check_tensors(checkpoint.plain(), config)
     if experts_implementation is None and isinstance(config, EmoConfig) and str(device) == "cpu":
         experts_implementation = "eager"
     implementations = {"attn_implementation": attn_implementation, "experts_implementation": experts_implementation}
@@ -73,6 +73,9 @@ def load_model(
     has_kernels = checkpoint.formats.method in KERNELS and str(device) != "cpu"
     if checkpoint.formats.stale or (checkpoint.formats.weights and (dequantize or not has_kernels)):
         _forget_quantization(config)
+        if checkpoint.formats.weights:
+            say_once(f"{checkpoint.directory.name}: weights quantised by {checkpoint.formats.method} are dequantised "
+                     "on loading.")
     return _load_weights(checkpoint, config, dtype, device, trust_remote_code, options)
 
 

@@ -282,6 +282,16 @@ def test_blocks_that_do_not_divide_a_weight_are_cut(originals: Callable[[str], P
         assert torch.equal(checkpoint.plain("F32").read(name), checkpoint.read(name).float() * whole)
 
 
+def test_packed_rows_that_do_not_fill_their_last_word(originals: Callable[[str], Path], tmp_path: Path) -> None:
+    settings, convert = quantising.compressed("pack-quantized", {**INT, "num_bits": 4, "strategy": "channel"})
+    folder = quantising.quantised(originals("qwen3_moe"), tmp_path / "cut", settings,
+                                  lambda name, weight: convert(name, weight[:, :60].contiguous()))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    with open_checkpoint(folder) as checkpoint, open_checkpoint(originals("qwen3_moe")) as original:
+        found, exact = checkpoint.plain("F32").read(name), original.read(name)[:, :60].float()
+        assert found.shape == exact.shape and (found - exact).abs().max() < exact.abs().max() / 7
+
+
 def test_gptq_is_not_read_but_pruned_with_the_selection_of_its_original(originals: Callable[[str], Path],
                                                                        tmp_path: Path) -> None:
     def gptq(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
