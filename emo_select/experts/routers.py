@@ -119,17 +119,17 @@ def scores_of(notes: Sequence[tuple[str, Tensor, Tensor]], output: Any, experts:
     """Scores from the activations that a router computed, (name, input, result), and its output.
 
     The last activation over all experts counts (what it has behind them, zero or shared experts, is left out), or else
-    several that cover them part by part. A router that only normalises its top-k uses the same function on them.
+    several that cover them part by part. Where a router only looks at its top-k, the same function of all logits.
     """
-    flat = [(name, _rows(before), _rows(after)) for name, before, after in notes]
+    flat = [(name, _rows(before), _rows(after)) for name, before, after in notes if not before.isneginf().any()]
     for name, before, after in reversed(flat):
         if (after.shape[-1] >= experts and name != "sqrt") or after.shape[-1] == experts:
             return Scores(before[:, :experts], after[:, :experts].float(), name)
-    first = output[0] if isinstance(output, tuple) else output
-    logits = _rows(first)[:, :experts]
+    said = output[1] if says_gates(output) else output[0] if isinstance(output, tuple) else output
+    logits = _rows(said)[:, :experts]
     if sum(after.shape[-1] for _, _, after in flat) == experts:
         return Scores(logits, torch.cat([after.float() for _, _, after in flat], dim=-1), flat[0][0])
-    activation = flat[-1][0] if flat else "softmax"
+    activation = notes[-1][0] if notes else "softmax"
     wide = logits.float()
     return Scores(logits, wide.sigmoid() if activation == "sigmoid" else wide.softmax(dim=-1), activation)
 
