@@ -12,12 +12,14 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from emo_select.errors import DiskSpaceError, SpecError, StorageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _HIDDEN = (".partial", ".old", ".training")
+_expected: ContextVar[tuple[int, ...]] = ContextVar("expected", default=())
 _IN_RUST = re.compile(r"os error (\d+)")  # how the safetensors library words the same faults
 
 
@@ -28,27 +30,41 @@ def translated(what: str = "", folder: Path | None = None, needed: int | None = 
     Args:
         what: what the body writes, as the beginning of a sentence ("Writing the pruned checkpoint").
         folder: where it writes; for faults that do not say where they arose.
-        needed: bytes that it takes, if known.
+        needed: bytes that it takes, if known; else what was given to `expect` last, in the body or around it.
     """
+    token = _expected.set(_expected.get() if needed is None else (needed,))
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as fault:
-        raise StorageError(sentence(fault, what, folder, needed)) from fault
+        raise StorageError(sentence(fault, what, folder, *_expected.get()[-1:])) from fault
     except Exception as fault:  # of the safetensors library, which has a class of its own for everything
         if type(fault).__name__ != "SafetensorError" or not (found := _IN_RUST.search(str(fault))):
             raise
         number = int(found[1])
-        raise StorageError(sentence(OSError(number, os.strerror(number)), what, folder, needed)) from fault
+        told = sentence(OSError(number, os.strerror(number)), what, folder, *_expected.get()[-1:])
+        raise StorageError(told) from fault
+    finally:
+        _expected.reset(token)
+
+
+def expect(needed: int) -> None:
+    """Say how many bytes the work at hand takes, for the sentence that a full disk becomes."""
+    _expected.set((*_expected.get(), needed))
 
 
 @contextmanager
-def at(path: Path) -> Iterator[None]:
-    """Add `path` to an `OSError` of the body that does not say where it arose, as those of open files do not."""
+def at(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Add `path` to an `OSError` of the body that does not say where it arose, as those of open files do not.
+
+    `needed` bytes are what the file takes; they are told where nobody knows of a whole that it is a part of.
+    """
     try:
         yield
     except OSError as fault:
+        if needed is not None and not _expected.get():
+            expect(needed)
         if fault.filename is None:
             fault.filename = str(path)
         raise
@@ -94,14 +110,22 @@ def existing_part(path: Path) -> Path:
 
 def _full(place: Path | None, needed: int | None) -> str:
     if place is None:
-        return "The disk is full; free some space and run the same command again."
+        wanted = f" ({_size(needed)} needed)" if needed is not None else ""
+        return f"The disk is full{wanted}; free some space and run the same command again."
     there = existing_part(place)
-    free = f"{shutil.disk_usage(there).free / 1e9:.2f} GB free"
-    wanted = f"{needed / 1e9:.2f} GB needed, {free}" if needed is not None else free
+    free = f"{_size(shutil.disk_usage(there).free)} free"
+    wanted = f"{_size(needed)} needed, {free}" if needed is not None else free
     leftover = _unfinished(there)
     hint = f"free some space and run the same command again; it goes on from {leftover}, which may be deleted " \
         "instead" if leftover else "free some space and run the same command again"
     return f"The disk of {place} is full ({wanted}); {hint}."
+
+
+def _size(count: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count / 1e3:.1f} kB"
 
 
 def _unfinished(there: Path) -> Path | None:

@@ -15,24 +15,25 @@ where its file or its content is.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from emo_select.errors import LockedError, TextError
-from emo_select.ownership import RUN_RECORD
+from emo_select.ownership import MODEL_NOTE, RUN_RECORD
 from emo_select.progress import say_once
 from emo_select.spec import Frozen, digest, model_directory
-from emo_select.storage import write_json
+from emo_select.storage import create_json, write_json
 from emo_select.textfile import read_json_object
 from emo_select.tree import Tree
 
 if TYPE_CHECKING:
     from emo_select.tasks import Task
 
-MODEL_NOTE, TASKS = ".model.json", ".tasks"
+TASKS = ".tasks"
 Content = Callable[[], str]
 """Gives a fingerprint, for which files may have to be read."""
 
@@ -159,10 +160,37 @@ def claim(note: Path, name: str, path: str | None, fingerprint: str = "") -> Non
     """
     mine = Holder(name=name, path=path, fingerprint=fingerprint)
     found = holder_of(note)
-    if found == mine or (note.is_file() and found and not fingerprint):
+    if found == mine or (found is None and create_json(note, mine.model_dump())):
         return
+    found = found or holder_of(note)  # another process was faster
     by_content = note.name != MODEL_NOTE
-    if found is not None and not found.is_same(name, path, lambda: fingerprint, by_content=by_content):
+    if found and not found.is_same(name, path, lambda: fingerprint or _fingerprint(path or name),
+                                   by_content=by_content):
         raise LockedError(f"{note.parent / note.stem} was taken by {found.path or found.name} a moment ago; "
                           "run the same command again.")
-    write_json(note, mine.model_dump())
+    if not (found and note.is_file() and not fingerprint):
+        write_json(note, mine.model_dump())
+
+
+@contextmanager
+def claimed(notes: Mapping[str, Path]) -> Iterator[None]:
+    """Claim the notes of models, by name, for the body; if it fails, those that it left alone in their folders go."""
+    new = [note for note in notes.values() if not note.exists()]
+    for model, note in notes.items():
+        claim(note, model, absolute(model))
+    try:
+        yield
+    except BaseException:
+        for note in new:
+            _withdraw(note)
+        raise
+
+
+def _withdraw(note: Path) -> None:
+    """Remove a note, and the folders that hold nothing else."""
+    if [path.name for path in note.parent.iterdir()] != [note.name]:
+        return
+    note.unlink()
+    with suppress(OSError):  # not empty
+        note.parent.rmdir()
+        note.parent.parent.rmdir()

@@ -1,8 +1,8 @@
 """Whose a folder is: every folder that appears by `storage.publish` says inside that we made it.
 
 Nothing is replaced or deleted on the strength of its name alone. Names that begin with a dot and end in `.partial` or
-`.old` are reserved for what is under way. Beside files that a user names, as for `report` and `table --to`, a record
-says what was written (`storage.write_output`); it does not make their folder ours.
+`.old` are reserved for what is under way. Beside files in a user's folder, as those of `report`, `eval --out` and
+`fetch`, a record says what was written (`storage.write_output`); it does not make their folder ours.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from emo_select.errors import OwnershipError
+from emo_select.faults import at
 from emo_select.textfile import read_json_object
 
 MARKER, FILES = ".emo-select.json", ".emo-select-files.json"
@@ -22,6 +23,8 @@ NOTE = "This folder was made by emo-select, which may therefore replace it. Dele
 FILES_NOTE = ("Files here that emo-select wrote, which it may therefore replace while they are as it wrote them. "
               "Delete this file to prevent that.")
 RUN_RECORD, TRAINING = "run.json", ("training.json", ".training/job.json")
+MODEL_NOTE, EVALUATIONS = ".model.json", "evaluations"
+INNER = 4  # how deep below a folder of ours our files lie, as per_subject/<subject>/ below results
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 # What folders are made as.
@@ -35,7 +38,9 @@ def mark(folder: Path, what: str) -> None:
     """Say in a folder that is being made that it is ours, and what it holds."""
     marker = folder / MARKER
     marker.unlink(missing_ok=True)  # it may be a hard link to another folder's
-    marker.write_text(json.dumps({"made_by": "emo-select", "what": what, "note": NOTE}, indent=1) + "\n")
+    text = json.dumps({"made_by": "emo-select", "what": what, "note": NOTE}, indent=1) + "\n"
+    with at(marker, len(text)):
+        marker.write_text(text)
 
 
 def made_as(folder: Path) -> str | None:
@@ -51,6 +56,8 @@ def _made_before_markers(folder: Path) -> str | None:
         return PRUNED
     if CHECKPOINT.fullmatch(folder.name) and (folder.parent.parent / RUN_RECORD).is_file():
         return {"finetuned_model": FINETUNED, "results": RESULTS}.get(folder.parent.name)
+    if folder.name == EVALUATIONS and (folder.parent / MODEL_NOTE).is_file():
+        return RESULTS
     if CHECKPOINT.fullmatch(folder.name) and any((folder.parent / name).is_file() for name in TRAINING):
         return FINETUNED
     names = {path.name for path in folder.iterdir()}
@@ -90,9 +97,12 @@ def require_replaceable(final: Path, *sources: Path, what: str | None = None) ->
 
 
 def require_own_files(*files: Path) -> None:
-    """Raise `OwnershipError` where one of `files` is there and is not as we wrote it, by the record beside it."""
+    """Raise `OwnershipError` where one of `files` is there and is not as we wrote it, by the record beside it.
+
+    In a folder that is ours as a whole nothing has to be proven.
+    """
     for file in files:
-        if not os.path.lexists(file):
+        if not os.path.lexists(file) or is_ours(file.parent):
             continue
         if file.is_symlink() or not file.is_file():
             raise OwnershipError(f"{file} is no plain file, so it is not replaced; choose another name.")
@@ -101,12 +111,25 @@ def require_own_files(*files: Path) -> None:
                                  "choose another name, or remove it.")
 
 
-def with_file(file: Path, data: bytes) -> dict[str, Any]:
-    """The record of the folder of `file` as it has to be before `data` is written there.
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is ours as a whole, or lies in one that is, or that we are making."""
+    around = [folder.absolute(), *folder.absolute().parents][:INNER]
+    return any((part.name.startswith(".") and part.name.endswith(".partial")) or (part.is_dir() and made_as(part))
+               for part in around)
+
+
+def entry_of(content: bytes | Path) -> dict[str, Any]:
+    """What the record says of a file with this content, given as it is or as another file."""
+    if isinstance(content, bytes):
+        return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {"size": content.stat().st_size, "sha256": _sha256(content)}
+
+
+def with_file(file: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """The record of the folder of `file` as it has to be before what `new` describes (`entry_of`) is put there.
 
     It knows what stands there now, too, if that is ours: whichever of both a kill leaves may be replaced.
     """
-    new = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     known = _written(file.parent)
     now = [entry for entry in known.get(file.name, []) if entry != new and _matches(file, entry)]
     return {"made_by": "emo-select", "note": FILES_NOTE, "files": {**known, file.name: [*now, new]}}
@@ -126,5 +149,9 @@ def _is_as_written(file: Path) -> bool:
 def _matches(file: Path, entry: Any) -> bool:
     if not file.is_file() or not isinstance(entry, dict) or entry.get("size") != file.stat().st_size:
         return False
+    return _sha256(file) == entry.get("sha256")
+
+
+def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() == entry.get("sha256")
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -13,15 +13,24 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from emo_select import textfile
 from emo_select.errors import CheckpointError, DiskSpaceError, LockedError, TextError
-from emo_select.faults import at, existing_part, require_writable
-from emo_select.ownership import FILES, OUTPUT, mark, require_own_files, require_replaceable, with_file
+from emo_select.faults import at, existing_part, expect, require_writable
+from emo_select.ownership import (
+    FILES,
+    OUTPUT,
+    entry_of,
+    is_ours,
+    mark,
+    require_own_files,
+    require_replaceable,
+    with_file,
+)
 
 WORKING = (".partial", ".old", ".key")  # ends of the names of what is under way
 CACHE_VARIABLE = "EMO_SELECT_CACHE_DIR"
@@ -39,6 +48,7 @@ def cache_directory() -> Path:
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise `DiskSpaceError` unless the disk of `folder` has room for `needed` bytes of `what`."""
     require_writable(folder)
+    expect(needed)
     existing = existing_part(folder)
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -63,26 +73,60 @@ def output_directory(final: Path, key: str, what: str, needed: int, sources: Seq
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file by rename: after a crash it holds the old content, the new content or nothing."""
+    with at(path, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _growing(partial_directory(path)) as file:
+            _fill(file, data)
+            partial_directory(path).replace(path)
+
+
+def create_json(path: Path, value: Any) -> bool:
+    """`write_json` of a file that must not be there yet; False, and nothing written, where it is.
+
+    Of several processes exactly one succeeds.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with at(path), _growing(partial_directory(path)) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with at(path), _growing(partial_directory(path)) as file:  # nobody else writes the file meanwhile
+        if path.exists():
+            partial_directory(path).unlink()
+            return False
+        _fill(file, json_bytes(value))
         partial_directory(path).replace(path)
+        return True
+
+
+def _fill(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def write_output(path: Path, data: bytes) -> None:
-    """`write_bytes` of a file that a user named: it is noted beside it, and replaces nothing but our own, unchanged.
+    """`write_bytes` of a file in a user's folder: it is noted beside it, and replaces nothing but our own, unchanged.
 
-    Raises `OwnershipError`, before anything is written, where what stands there is not ours.
+    In a folder that is ours as a whole (`ownership.is_ours`) it needs no note. Raises `OwnershipError`, before anything
+    is written, where what stands there is not ours.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if is_ours(path.parent):
+        write_bytes(path, data)
+    else:
+        _put(path, entry_of(data), lambda: write_bytes(path, data))
+
+
+def move_output(source: Path, path: Path) -> None:
+    """`write_output` of what lies in another file of the same disk, which is moved."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _put(path, entry_of(source), lambda: source.replace(path))
+
+
+def _put(path: Path, entry: dict[str, Any], write: Callable[[], object]) -> None:
     with _alone_in(path.parent):
         require_own_files(path)
-        noted = with_file(path, data)
+        noted = with_file(path, entry)
         write_json(path.with_name(FILES), noted)
-        write_bytes(path, data)
-        if (settled := with_file(path, data)) != noted:
+        write()
+        if (settled := with_file(path, entry)) != noted:
             write_json(path.with_name(FILES), settled)
 
 

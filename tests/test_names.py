@@ -1,6 +1,7 @@
 """Two models or tasks never share a folder, whatever their names have in common; one model never has two."""
 
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from emo_select import names, record
 from emo_select.checkpoint import resolve
 from emo_select.cli.app import app
+from emo_select.errors import LockedError, ModelError
 from emo_select.pipeline import Wanted, execute, expand, plan, reopen
 from emo_select.spec import Execution, RunSpec
 from emo_select.sweeps.spec import expand_sweep, read_sweep
@@ -144,6 +146,43 @@ def test_evaluations_of_two_models_are_two_files(tmp_path, monkeypatch):
     for folder, pattern in (("tree", "*/evaluations/*-metrics.json"), ("out", "*/*-metrics.json")):
         found = [json.loads(path.read_text())["model_config"]["model"] for path in Path(folder).glob(pattern)]
         assert sorted(found) == ["./m1.5", "./m15"]
+
+
+def test_an_evaluation_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("good", "bad")):
+        copy(tmp_path / name, number)
+    (tmp_path / "bad/tokenizer.json").write_text("{}")
+    words = ["eval", "-t", "demo_harbor", "--limit", 2, "-o", "tree"]
+    with pytest.raises(ModelError):
+        invoke(*words, "--model", "./bad")
+    assert not (tmp_path / "tree").exists()
+    with pytest.raises(ModelError):
+        invoke(*words, "--model", "./good", "--model", "./bad")
+    assert [path.name for path in (tmp_path / "tree").iterdir()] == ["good"]
+    assert list((tmp_path / "tree").glob("good/evaluations/*-metrics.json"))
+
+
+def take(note: Path, letter: str, results) -> None:
+    try:
+        names.claim(note, letter, f"/models/{letter}")
+        results.put(letter)
+    except LockedError:
+        results.put("")
+
+
+def test_of_processes_that_claim_a_name_at_once_one_has_it(tmp_path):
+    context = multiprocessing.get_context("fork")
+    for number in range(20):
+        note, results = tmp_path / str(number) / names.MODEL_NOTE, context.Queue()
+        workers = [context.Process(target=take, args=(note, letter, results)) for letter in "abcd"]
+        for worker in workers:
+            worker.start()
+        said = [results.get() for _ in workers]
+        for worker in workers:
+            worker.join()
+        assert [letter for letter in said if letter] == [names.holder_of(note).name]
+        assert [path.name for path in note.parent.iterdir()] == [names.MODEL_NOTE]
 
 
 def test_a_sweep_gives_the_same_names(tmp_path):

@@ -14,6 +14,8 @@ from emo_select.analysis.page import write_page
 from emo_select.checkpoint import open_checkpoint, resolve
 from emo_select.cli.app import app
 from emo_select.errors import EmoSelectError, OwnershipError
+from emo_select.evaluate import run as evaluating
+from emo_select.experts import Scores
 from emo_select.experts.methods import select_random
 from emo_select.ownership import FILES, MARKER, made_as, require_replaceable
 from emo_select.storage import publish, remove_directory, staged_directory, write_output
@@ -294,6 +296,60 @@ def test_commands_refuse_files_of_others_before_work(model, tmp_path, monkeypatc
         assert name in text
         assert "choose another name, or remove it" in text
         assert state(tmp_path) == before
+
+
+def test_results_of_others_are_refused_before_the_model_is_loaded(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["eval", "--model", model, "--task", "demo_harbor", "--limit", "2", "--out", "scores"]
+    Path("scores").mkdir()
+    theirs = Path("scores/task-demo_harbor-predictions.jsonl")
+    theirs.write_text("years of work")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluating, "load_engine", lambda *args: pytest.fail("the model was loaded"))
+        code, text = run(*words)
+    assert code == 2 and "predictions.jsonl was not made by emo-select" in text
+    assert state(Path("scores")) == {theirs.name: hashlib.sha256(b"years of work").hexdigest()}
+    theirs.unlink()
+    assert run(*words)[0] == run(*words, "--force")[0] == 0
+    theirs.write_text("mine now")
+    assert run(*words, "--force")[0] == 2 and theirs.read_text() == "mine now"
+
+
+def test_results_in_a_run_need_no_note(model, tmp_path):
+    words = ["run", "--model", model, "--task", "demo_harbor", "--keep-k", "8", "--method", "random", "--limit", "2",
+             "--stages", "select,prune,eval", "-o", tmp_path / "tree"]
+    assert run(*words)[0] == 0
+    [metrics] = (tmp_path / "tree").glob("*/*/results/checkpoint-0/*-metrics.json")
+    metrics.write_text("{}")
+    assert run(*words)[0] == 0 and "metrics" in json.loads(metrics.read_text())
+    assert not list((tmp_path / "tree").rglob(FILES))
+
+
+def test_what_the_python_api_saves_replaces_only_its_own(model, tmp_path):
+    with open_checkpoint(model) as checkpoint:
+        keep_set = select_random(checkpoint.config, 8)
+    scores = Scores([], ["all"], [0], [0], {})
+    for save, name in ((lambda: keep_set.save(tmp_path / "selection.json"), "selection.json"),
+                       (lambda: scores.save(tmp_path), "scores.json")):
+        (tmp_path / name).write_text("years of work")
+        before = state(tmp_path)
+        with pytest.raises(OwnershipError, match=f"{name} was not made by emo-select"):
+            save()
+        assert state(tmp_path) == before
+        (tmp_path / name).unlink()
+        save()
+        save()
+
+
+def test_summaries_of_calibration_curves(model, tmp_path):
+    words = ["inspect", "--calibration-curve", "--model", model, "--task", "demo_harbor", "--keep-k", "8", "-n", "1,2",
+             "--method", "easy_ep", "--device", "cpu", "--no-plot", "--out", tmp_path / "curve"]
+    assert run(*words)[0] == run(*words)[0] == 0
+    [summary] = (tmp_path / "curve").rglob("summary.json")
+    summary.write_text("years of work")
+    before = state(tmp_path)
+    code, text = run(*words)
+    assert code == 2 and "summary.json was not made by emo-select" in text and state(tmp_path) == before
 
 
 def test_tables_and_pictures_are_written_all_or_none(selection, tmp_path, monkeypatch):

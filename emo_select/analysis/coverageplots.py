@@ -16,6 +16,11 @@ PARTS = {"coverage_above_uniform": "experts above uniform", "coverage_nonzero": 
 NAMES = {"probs": "mean probability", "topk_freq": "share of tokens that choose the expert"}
 
 
+def picture_files(folder: Path) -> list[Path]:
+    """What `draw_coverage` writes."""
+    return [folder / f"doc_{kind}_{part}_heatmap.png" for kind in KINDS for part in PARTS]
+
+
 def draw_coverage(coverage: Coverage, folder: Path, order: Sequence[str] | None = None, *,
                   published_threshold: bool = False) -> list[Path]:
     """The ten pictures of a model under the published names. Topics come in `order`, else by the entropy of

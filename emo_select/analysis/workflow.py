@@ -140,8 +140,13 @@ def cover_all(wanted: Extraction) -> list[Coverage]:
     """Collect the topic coverage of every model below `<out>/<model>_coverage`."""
     from emo_select.analysis.coverage import collect
 
-    return [collect(checkpoint, wanted.corpus, model, wanted.out / f"{wanted.folder(model).name}_coverage",
-                    wanted.options) for model, checkpoint in wanted.checkpoints.items()]
+    return [collect(checkpoint, wanted.corpus, model, coverage_folder(wanted, model), wanted.options)
+            for model, checkpoint in wanted.checkpoints.items()]
+
+
+def coverage_folder(wanted: Extraction, model: str) -> Path:
+    """Where the topic coverage of a model lies."""
+    return wanted.out / f"{wanted.folder(model).name}_coverage"
 
 
 def fit_all(folders: Sequence[ModelFolder], wanted: Fitting) -> list[Analysed]:

@@ -25,6 +25,7 @@ from emo_select.storage import cache_directory, write_bytes
 
 SMALL = 4 << 20  # bytes; less is read faster than looked up
 PIECE = 8 << 20
+MOST = 2048  # records; a large checkpoint has some two hundred files
 SETTLED_NS = 2_000_000_000
 WORKERS = min(4, os.cpu_count() or 1)
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -90,8 +91,26 @@ def _computed(path: Path, told: Told) -> str:
     settled = time.time_ns() - after.st_mtime_ns > SETTLED_NS
     if after.st_size >= SMALL and settled and _mark(before) == _mark(after):
         with suppress(OSError):  # a hash that cannot be kept only costs time
-            write_bytes(_place(real), json.dumps([*_mark(after), found]).encode())
+            write_bytes(_place(real), json.dumps([*_mark(after), found, str(real)]).encode())
+            _tidy(_place(real).parent)
     return found
+
+
+def _tidy(folder: Path) -> None:
+    """Where records have become many, drop those of files that are gone, and then the oldest."""
+    records = list(folder.glob("*.json"))
+    if len(records) <= MOST:
+        return
+    alive = sorted(filter(_is_of_a_file, records), key=lambda record: record.stat().st_mtime)
+    for record in {*records} - {*alive[-(MOST // 2):]}:
+        record.unlink(missing_ok=True)
+
+
+def _is_of_a_file(record: Path) -> bool:
+    try:
+        return Path(json.loads(record.read_bytes())[-1]).exists()
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _read(path: Path, told: Told) -> str:
@@ -105,7 +124,7 @@ def _read(path: Path, told: Told) -> str:
 
 def _stored(path: Path, seen: os.stat_result) -> str | None:
     try:
-        *mark, found = json.loads(_place(path).read_bytes())
+        *mark, found, _ = json.loads(_place(path).read_bytes())
     except (OSError, ValueError, TypeError):
         return None
     return str(found) if mark == _mark(seen) else None

@@ -61,13 +61,16 @@ def coverage(
     published WebOrganizer analysis.
     """
     from emo_select.analysis.tokenfiles import Published
-    from emo_select.analysis.workflow import cover_all
+    from emo_select.analysis.workflow import cover_all, coverage_folder
 
     published = Published(target_tokens, doc_tokens, seed=seed, chunk_bytes=chunk_bytes, evenly=True)
     asked = clusters.texts_of(texts, per_label, doc_tokens, min_tokens, label, seed, scan, num_examples, data_dir,
                               bucket, eos_id, published if published_sampling else None)
     options = clusters.options_of(device, dtype, memory_budget, token_budget, scratch)
     wanted = clusters.extraction(model, asked, out, False, options)
+    folders = [coverage_folder(wanted, name) for name in wanted.models]
+    if plot:
+        _require_own_pictures(folders, wanted.out)
     done = cover_all(wanted)
     order = _order(done, topic_order)
     pictures = _pictures(done, order, wanted.out, published_threshold) if plot else []
@@ -90,11 +93,26 @@ def _order(done: list[Coverage], file: Path | None) -> list[str]:
 def _pictures(done: list[Coverage], order: list[str], out: Path, published_threshold: bool) -> list[Path]:
     from emo_select.analysis.coverageplots import draw_coverage, figure6
 
-    drawn = [path for one in done
-             for path in draw_coverage(one, out / f"{one.path.name}_pictures", order,
-                                       published_threshold=published_threshold)]
-    name = "figure6" if len(done) > 1 else f"{done[0].path.name}_topics"
-    return [*drawn, figure6(done, out / f"{name}.png", order), figure6(done, out / f"{name}.pdf", order)]
+    drawn = [path for one in done for path in draw_coverage(one, _beside(one.path), order,
+                                                            published_threshold=published_threshold)]
+    return [*drawn, *(figure6(done, path, order) for path in _figures([one.path for one in done], out))]
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}_pictures")
+
+
+def _figures(folders: list[Path], out: Path) -> list[Path]:
+    name = "figure6" if len(folders) > 1 else f"{folders[0].name}_topics"
+    return [out / f"{name}.png", out / f"{name}.pdf"]
+
+
+def _require_own_pictures(folders: list[Path], out: Path) -> None:
+    """Raise `OwnershipError` where a picture would replace a file that is not ours."""
+    from emo_select.analysis.coverageplots import picture_files
+    from emo_select.ownership import require_own_files
+
+    require_own_files(*_figures(folders, out), *(file for folder in folders for file in picture_files(_beside(folder))))
 
 
 def _show(done: list[Coverage], order: list[str], pictures: list[Path], published: bool, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,16 +105,18 @@ def evaluate(
         trust_remote_code=trust_remote_code, force=force,
     )
     found = get_tasks(tasks, data_dir=data_dir)
+    folders = _folders(models, out, output_dir)
     if sweep_keep_k:
         texts = {"num_examples": num_examples, "seed": seed, "num_shots": num_shots, "file": calibration}
-        folder = _folders(models, out, output_dir)[models[0]]
-        _sweep(models, found, common.keep_ks([sweep_keep_k]), method, options, folder, texts, as_json=as_json)
+        with _claimed(folders, out):
+            _sweep(models, found, common.keep_ks([sweep_keep_k]), method, options, folders[models[0]], texts,
+                   as_json=as_json)
         return
-    folders = {name: _places(name, folder, found, options, keep_set)
-               for name, folder in _folders(models, out, output_dir).items()}
-    for name, places in folders.items():
-        _score(name, found, places, options, keep_set)
-    _show(folders, found, as_json=as_json)
+    places = {name: _places(name, folder, found, options, keep_set) for name, folder in folders.items()}
+    with _claimed(folders, out):
+        for name, where in places.items():
+            _score(name, found, where, options, keep_set)
+    _show(places, found, as_json=as_json)
 
 
 def _asked(model: list[str] | None, revision: str | None, task: list[str] | None) -> tuple[list[str], list[str]]:
@@ -209,6 +212,7 @@ def _sweep(models: Sequence[str], tasks: Sequence[Task], keep_ks: Sequence[str],
         largest = max(experts_per_layer(checkpoint.config))
     wanted, texts = sorted({parse_keep_k(text, largest) for text in keep_ks}), checked(Calibration, calibration)
     stream = StreamOptions(device=options.device)
+    curve.require_own_curve(folder / f"sweep-{method}")
     chosen = {task.name: curve.choose(models[0], task, method, wanted, texts, stream) for task in tasks}
     points = curve.sweep_keep_k(models[0], tasks, chosen, folder / f"sweep-{method}", options)
     if not parallel.is_first():
@@ -238,20 +242,27 @@ def _samples(given: list[str] | None, data_dir: str | None) -> Mapping[str, Sequ
 
 def _folders(models: Sequence[str], out: Path | None, output_dir: str | None) -> dict[str, Path]:
     """Where the results of each model go: into folders of their own, also where their names would be the same."""
-    from emo_select.names import MODEL_NOTE, Names, absolute, claim
+    from emo_select.names import Names
+    from emo_select.ownership import EVALUATIONS
     from emo_select.tree import Tree
 
     if out is not None and len(models) == 1:
         return {models[0]: out}
     tree = Tree.at(output_dir) if out is None else Tree(out)
     tree.require_writable()
-    names, folders = Names(tree), {}
-    for model in models:
-        folder = tree.root / names.folder(model)
-        if common.is_first():
-            claim(folder / MODEL_NOTE, model, absolute(model))
-        folders[model] = folder if out is not None else folder / "evaluations"
-    return folders
+    names = Names(tree)
+    return {model: tree.root / names.folder(model) / ("" if out is not None else EVALUATIONS) for model in models}
+
+
+def _claimed(folders: Mapping[str, Path], out: Path | None) -> AbstractContextManager[None]:
+    """The names of the models' folders are theirs from now on, unless nothing comes of it."""
+    from emo_select.names import claimed
+    from emo_select.ownership import MODEL_NOTE
+
+    if (out is not None and len(folders) == 1) or not common.is_first():
+        return nullcontext()
+    return claimed({model: (folder if out is not None else folder.parent) / MODEL_NOTE
+                    for model, folder in folders.items()})
 
 
 def _show(folders: Mapping[str, Mapping[str, Path]], tasks: Sequence[Task], *, as_json: bool) -> None:

@@ -115,8 +115,10 @@ def fetch(
     plan = fetching.make_plan(listed(tasks or []), with_revision(models or [], revision), to)
     for line in plan.summary():
         typer.echo(line)
-    if dry_run or not plan.missing:
+    if dry_run:
         return
     fetching.carry_out(plan)
+    if not plan.missing:
+        return
     for line in plan.how_to_use():
         typer.echo(line)

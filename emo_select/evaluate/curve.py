@@ -51,7 +51,9 @@ def sweep_keep_k(
 ) -> list[Point]:
     """Score `model` masked to `keep_sets[task name][keep-k]`; result files in `out_dir/keepk-<K>/`, and the curve."""
     _require_own_model(options)
-    require_own_files(out_dir / "curve.json", out_dir / "curve.png")
+    require_own_curve(out_dir)
+    require_own_files(*(_selection_file(place(out_dir / f"keepk-{keep_k}", model, task, options, name_of(chosen)), task)
+                        for task in tasks for keep_k, chosen in keep_sets[task.name].items()))
     with open_checkpoint(model) as checkpoint, parallel.process_group():
         require_room(checkpoint.config, tasks, options.max_length)
         engine = load_engine(model, options)
@@ -62,6 +64,15 @@ def sweep_keep_k(
         if not draw(points, out_dir / "curve.png"):
             progress.say("Install emo-select[plots] to get the curve as a picture.")
     return points
+
+
+def require_own_curve(out_dir: Path) -> None:
+    """Raise `OwnershipError` where the curve's files are there and are not ours."""
+    require_own_files(out_dir / "curve.json", out_dir / "curve.png")
+
+
+def _selection_file(folder: Path, task: Task) -> Path:
+    return folder / f"selection-{task.name}.json"
 
 
 def evaluate_masked(
@@ -93,6 +104,8 @@ def evaluate_keep_set(
     _require_own_model(options)
     with open_checkpoint(model) as checkpoint, parallel.process_group():
         require_room(checkpoint.config, tasks, options.max_length)
+        places = Evaluator(model, out_dir, options, keep_set=name_of(keep_set))
+        places.require_own_places(tasks)
         engine = load_engine(model, options)
         return evaluate_masked(engine, checkpoint.config, model, tasks, keep_set, out_dir, options)
 
@@ -108,7 +121,7 @@ def _point(checkpoint: Checkpoint, engine: SharedPrefixLM, model: str, task: Tas
 
     size = plan_prune(checkpoint, keep_set, allow_nonuniform=True).total_bytes
     out_dir = place(out_dir, model, task, options, name_of(keep_set))
-    write_output(out_dir / f"selection-{task.name}.json", keep_set.as_bytes())
+    write_output(_selection_file(out_dir, task), keep_set.as_bytes())
     progress.say(f"{task.name}, keep-k {keep_set.keep_k}")
     metrics = evaluate_masked(engine, checkpoint.config, model, [task], keep_set, out_dir, options)[task.name]
     if parallel.rank():  # the first process writes files, and reads them below

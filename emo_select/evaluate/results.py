@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from emo_select.errors import CheckpointError
-from emo_select.storage import read_json, write_bytes, write_json
+from emo_select.storage import json_bytes, read_json, write_output
 from emo_select.tasks.base import Doc, Task
 from emo_select.tasks.headline import Score, scores_of
 
@@ -75,6 +75,12 @@ def finished_metrics(folder: Path, task: Task, task_hash: str, model_hash: str) 
     return dict(content["metrics"]) if same and predictions_path(folder, task).exists() else None
 
 
+def result_files(folder: Path, task: Task) -> list[Path]:
+    """All files that `write_results` may write."""
+    places = {folder: task} | {folder / PER_SUBJECT / _subject(part): part for part in task.subtasks()}
+    return [path(*place) for place in places.items() for path in (metrics_path, predictions_path)]
+
+
 def read_scores(folder: Path, task: Task) -> list[Score]:
     """The headline of a task's metrics file, with error and count, and what is shown beside it."""
     return scores_of(read_json(metrics_path(folder, task)), task.group, task.primary_metric)
@@ -83,18 +89,22 @@ def read_scores(folder: Path, task: Task) -> list[Score]:
 def write_results(folder: Path, task: Task, outcome: Outcome, heading: Heading) -> dict[str, Any]:
     """Write all files of one task; returns its metrics."""
     for part in task.subtasks():
-        subject = part.name.removeprefix(MMLU_NAMES)
+        subject = _subject(part)
         answered = outcome.part(subject)
         if answered.docs:
             _write(folder / PER_SUBJECT / subject, part, answered, heading)
     return _write(folder, task, outcome, heading)
 
 
+def _subject(part: Task) -> str:
+    return part.name.removeprefix(MMLU_NAMES)
+
+
 def _write(folder: Path, task: Task, outcome: Outcome, heading: Heading) -> dict[str, Any]:
     per_doc = [prediction["metrics"] for prediction in outcome.predictions]
     metrics: dict[str, Any] = finite(task.aggregate(per_doc, outcome.docs))
     lines = (json.dumps(finite(line), ensure_ascii=False) for line in _prediction_lines(task, outcome, heading))
-    write_bytes(predictions_path(folder, task), "".join(f"{line}\n" for line in lines).encode())
+    write_output(predictions_path(folder, task), "".join(f"{line}\n" for line in lines).encode())
     content = {
         "task_name": task.alias,
         "task_hash": heading.task_hash,
@@ -112,7 +122,7 @@ def _write(folder: Path, task: Task, outcome: Outcome, heading: Heading) -> dict
         "row_issues": heading.row_issues,
         "task_idx": heading.task_idx,
     }
-    write_json(metrics_path(folder, task), content)
+    write_output(metrics_path(folder, task), json_bytes(content))
     return metrics
 
 

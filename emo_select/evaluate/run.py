@@ -16,11 +16,12 @@ from emo_select.evaluate import parallel
 from emo_select.evaluate.options import EvalOptions
 from emo_select.evaluate.places import configs
 from emo_select.evaluate.responses import ResponseStore
-from emo_select.evaluate.results import Heading, Outcome, finished_metrics, write_results
+from emo_select.evaluate.results import Heading, Outcome, finished_metrics, result_files, write_results
 from emo_select.evaluate.room import require_room
 from emo_select.faults import translated
 from emo_select.models.adapters import adapter_fingerprint, base_and_adapter, merge_adapter
 from emo_select.models.startup import importing
+from emo_select.ownership import require_own_files
 from emo_select.spec import digest
 from emo_select.tasks.base import Task
 
@@ -41,8 +42,8 @@ def evaluate_checkpoint(
     """Evaluate a model (folder, Hub id, demo/NAME) on the test split of `tasks`; returns metrics by task name.
 
     Files appear in `out_dir` (or `out_dir[task.name]`) task by task. What is there already for the same model and
-    questions is kept, and a stopped evaluation goes on from the responses it had. Raises `DataMissingError` before the
-    model is loaded.
+    questions is kept, and a stopped evaluation goes on from the responses it had. Raises `DataMissingError` and
+    `OwnershipError` before the model is loaded.
     """
     options = options or EvalOptions()
     for task in tasks:
@@ -50,6 +51,7 @@ def evaluate_checkpoint(
     with open_checkpoint(base_and_adapter(str(model_dir))[0]) as checkpoint:
         require_room(checkpoint.config, tasks, options.max_length)
     with parallel.process_group(), Evaluator(str(model_dir), out_dir, options) as evaluator:
+        evaluator.require_own_places(tasks)
         return {task.name: evaluator.evaluate(task, index) for index, task in enumerate(tasks)}
 
 
@@ -94,16 +96,29 @@ class Evaluator:
         return digest({"task": task.fingerprint(), "num_shots": self.options.num_shots, "limit": self.options.limit,
                        "samples": sorted(set(asked)) if asked else None})
 
+    def require_own_places(self, tasks: Sequence[Task]) -> None:
+        """Raise `OwnershipError` where files that are not ours are in the way of results that are still to come."""
+        for task in tasks:
+            if self._done(task) is None:
+                require_own_files(*result_files(self.folder(task), task))
+
+    def _done(self, task: Task) -> Metrics | None:
+        """Metrics that are there already."""
+        if self.options.force:
+            return None
+        return finished_metrics(self.folder(task), task, self.task_hash(task), self.model_hash)
+
     def evaluate(self, task: Task, task_idx: int = 0) -> Metrics:
         """Metrics of one task, its files written."""
         task_hash = self.task_hash(task)
         folder, started = self.folder(task), time.monotonic()
-        done = None if self.options.force else finished_metrics(folder, task, task_hash, self.model_hash)
+        done = self._done(task)
+        engine = self.engine if done is None else None  # before the store: one that cannot be loaded leaves nothing
         with self._store(folder, task_hash) as store:
-            if done is not None:
+            if engine is None or done is not None:
                 progress.say(f"{task.name}: done before with the same model and questions.")
-                return done
-            self.engine.store = store
+                return done or {}
+            engine.store = store
             outcome, issues = self._ask(task)
             heading = self._heading(task, task_hash, time.monotonic() - started, issues, task_idx)
             if parallel.rank() == 0:

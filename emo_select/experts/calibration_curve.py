@@ -175,6 +175,7 @@ def collect_task(checkpoint: Checkpoint, request: CurveRequest, task: str, texts
     """The curves of one task, whose `texts` are all that there are, in the task's order."""
     folder = out / _model_folder(request.model) / _task_folder(task, request)
     store = _Store(folder, request, task, len(texts.token_ids), _key(checkpoint, request, texts))
+    require_own_files(*(_summary_file(folder, keep_k) for keep_k in request.keep_ks))
     missing = [size for size in request.sizes if not store.has(size)]
     make = _one_by_one if request.method == "layerwise" else _in_one_pass
     for size, keep_sets in make(checkpoint, request, texts, missing, folder, options):
@@ -183,8 +184,12 @@ def collect_task(checkpoint: Checkpoint, request: CurveRequest, task: str, texts
     curves = [Curve(request.model, task, keep_k, {_tag(n): store.load(n, keep_k) for n in request.sizes},
                     {_tag(n): store.examples(n) for n in request.sizes}, note) for keep_k in request.keep_ks]
     for curve in curves:
-        write_json(folder / f"keepk-{curve.keep_k}" / "summary.json", published_summary(curve))
+        write_output(_summary_file(folder, curve.keep_k), json_bytes(published_summary(curve)))
     return curves
+
+
+def _summary_file(folder: Path, keep_k: int) -> Path:
+    return folder / f"keepk-{keep_k}" / "summary.json"
 
 
 Found = Iterable[tuple[int | None, Mapping[int, KeepSet]]]

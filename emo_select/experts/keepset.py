@@ -24,7 +24,7 @@ from emo_select.models.families import (
     top_k,
 )
 from emo_select.spec import Frozen
-from emo_select.storage import json_bytes, read_json, write_bytes
+from emo_select.storage import json_bytes, read_json, write_output
 
 PUBLISHED_METHODS = {"layerwise": "greedy_layerwise", "variable": "greedy_layerwise_variable"}
 
@@ -69,8 +69,8 @@ class KeepSet(Frozen):
         return len({len(kept) for kept in self.experts if kept is not None}) <= 1
 
     def save(self, path: Path) -> None:
-        """Write selection.json."""
-        write_bytes(path, self.as_bytes())
+        """Write selection.json; raises `OwnershipError` where a file is there that is not ours, or was changed."""
+        write_output(path, self.as_bytes())
 
     def as_bytes(self) -> bytes:
         """What `save` writes."""

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from emo_select.errors import CheckpointError, NumericError, SpecError, UnknownNameError
+from emo_select.ownership import require_own_files
 from emo_select.record import STATISTICS
-from emo_select.storage import read_json, write_bytes, write_json
+from emo_select.storage import json_bytes, read_json, write_output
 
 TENSORS, RECORD = "scores.safetensors", "scores.json"
 
@@ -138,16 +139,20 @@ class Scores:
         return mixture([self.groups[i] for i in chosen], weights, list(chosen))
 
     def save(self, folder: Path) -> None:
-        """Write `scores.safetensors` (fp64) and `scores.json`, each by rename."""
+        """Write `scores.safetensors` (fp64) and `scores.json`, each by rename.
+
+        Raises `OwnershipError`, before either is written, where one is there that is not ours, or was changed.
+        """
         from safetensors.torch import save
 
         tensors = {f"layers.{i}.{name}": values.cpu().contiguous()
                    for i, layer in enumerate(self.layers) if layer for name, values in layer.values.items()}
-        write_bytes(folder / TENSORS, save(tensors))
+        require_own_files(folder / TENSORS, folder / RECORD)
+        write_output(folder / TENSORS, save(tensors))
         experts = [layer.experts if layer else 0 for layer in self.layers]
-        write_json(folder / RECORD, {
+        write_output(folder / RECORD, json_bytes({
             "format": STATISTICS, "groups": self.groups, "tokens": self.tokens, "examples": self.examples,
-            "experts_per_layer": experts, "sums": dict(SUMS), **self.record})
+            "experts_per_layer": experts, "sums": dict(SUMS), **self.record}))
 
     @classmethod
     def load(cls, folder: Path) -> Scores:

@@ -40,11 +40,16 @@ def of(run: Run, steps: Sequence[Step], tokens_per_second: float | None = None) 
     """Estimate one run, its time by the given speed or by what was measured in its tree."""
     todo = [step.stage for step in steps if step.action is Action.RUN]
     size = pruned_bytes(run)
-    written = size * (("prune" in todo) + ("finetune" in todo) * run.spec.training.checkpoints)
     tokens = sum(_tokens(run, stage) for stage in todo)
     seconds = tokens / tokens_per_second if tokens_per_second else _seconds(run, todo)
     held = (memory(run.source, run.spec, stage, size) for stage in todo)
-    return Cost(tokens, written, seconds, max(held, default=0))
+    return Cost(tokens, sum(written(run, stage) or 0 for stage in todo), seconds, max(held, default=0))
+
+
+def written(run: Run, stage: str) -> int | None:
+    """Bytes of weights that a stage writes; None where it writes none."""
+    times = {"prune": 1, "finetune": run.spec.training.checkpoints}.get(stage)
+    return None if times is None else times * pruned_bytes(run)
 
 
 def of_all(planned: Iterable[tuple[Run, Sequence[Step]]], tokens_per_second: float | None = None) -> list[Cost]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from emo_select import names, record
 from emo_select.errors import CheckpointError
+from emo_select.ownership import MODEL_NOTE
 from emo_select.spec import Execution, RunSpec, digest
 from emo_select.storage import read_json
 from emo_select.tree import RunPaths, Tree
@@ -87,7 +88,7 @@ class Run:
 
         Raises `LockedError` where another process took it for something else since this run was planned.
         """
-        note = self.paths.directory.parent / names.MODEL_NOTE
+        note = self.paths.directory.parent / MODEL_NOTE
         names.claim(note, self.spec.model, self.spec.model_path, self.source.fingerprint)
         if self.task.file is not None:
             note = self.tree.root / names.TASKS / f"{self.spec.task}.json"

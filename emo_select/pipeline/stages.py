@@ -16,11 +16,12 @@ from emo_select.faults import require_writable, translated
 from emo_select.ownership import require_own_run
 from emo_select.pipeline import runfile
 from emo_select.pipeline.adopt import adopt, twin_key
+from emo_select.pipeline.cost import written
 from emo_select.pipeline.plan import Action, Step, downstream, evaluated_steps, plan
 from emo_select.pipeline.runs import Run, checkpoint_fingerprint
 from emo_select.record import Measurement, RunRecord
 from emo_select.spec import Evaluation, Training
-from emo_select.storage import discard, drop_unfinished, exclusive, leftovers
+from emo_select.storage import discard, drop_unfinished, exclusive, leftovers, write_bytes
 
 if TYPE_CHECKING:
     from emo_select.evaluate import EvalOptions
@@ -83,7 +84,7 @@ def execute(run: Run, steps: Sequence[Step]) -> None:
             runfile.store(run)
         for step in steps:
             if step.action is Action.RUN:
-                with translated(f"The stage {step.stage} stopped", run.paths.directory):
+                with translated(f"The stage {step.stage} stopped", run.paths.directory, written(run, step.stage)):
                     _WORK[step.stage](run)
         _tidy(run)
 
@@ -277,7 +278,7 @@ def _store_selection(run: Run, keep_set: KeepSet, measured: Measurement) -> None
     done = _opened(run)
     fingerprint, written = run.fingerprint("select"), run.paths.selection
     done = record.forget(run.paths, done, _outdated(done, "select", fingerprint))
-    keep_set.save(written)
+    write_bytes(written, keep_set.as_bytes())
     record.finish(run.paths, done, "select", fingerprint, [written], measured, run.execution.device)
 
 

@@ -23,7 +23,7 @@ from emo_select.demo import demo_path
 from emo_select.errors import EmoSelectError, SpecError
 from emo_select.pretrain.recipe import Recipe, Tokenizer
 from emo_select.pretrain.tokens import TokenData, read_mix
-from emo_select.storage import read_json, staged_directory, write_json
+from emo_select.storage import drop_unfinished, partial_directory, read_json, staged_directory, write_json
 
 RECORD, SETTINGS, ERROR = "pretraining.json", ".job/settings.json", ".job/error.json"
 RUN = "pretraining run"
@@ -105,7 +105,7 @@ def require_same(out: Path, now: RunRecord, *, other_ranks: bool = False) -> Run
     """
     file = out / RECORD
     if not file.is_file():
-        if out.exists() and any(path.name != ".job" for path in out.iterdir()):
+        if out.exists() and {path.name for path in out.iterdir()} - {".job", partial_directory(file).name}:
             raise SpecError(f"{out} holds something else; choose another --out.")
         return now
     before = _read(file)
@@ -129,19 +129,20 @@ def open_data(settings: RunSettings) -> TokenData:
 
 
 def write_record(out: Path, record: RunRecord, settings: RunSettings) -> None:
-    """Make the folder ours and say in it what it is."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / ".job").mkdir(exist_ok=True)
-    ownership.mark(out, RUN)
-    _keep_tokenizer(out, record.recipe.tokenizer.identifier)
-    write_json(out / SETTINGS, settings.model_dump())
+    """Say in the folder what it is, first of all: by that it is known when this is interrupted. Then make it ours."""
     write_json(out / RECORD, record.model_dump(mode="json"))
+    ownership.mark(out, RUN)
+    write_json(out / SETTINGS, settings.model_dump())
+    _keep_tokenizer(out, record.recipe.tokenizer.identifier)
 
 
 def _keep_tokenizer(out: Path, identifier: str | None) -> None:
     """A tokenizer that is a folder is copied to where the converter looks first."""
     target = out / "tokenizer"
-    if identifier is None or target.exists():
+    if identifier is None:
+        return
+    if target.exists():
+        drop_unfinished(target)
         return
     source = demo_path(identifier) if identifier.startswith("demo/") else Path(identifier)
     if not (source / "tokenizer.json").is_file():

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from emo_select.errors import EmoSelectError
-from emo_select.names import MODEL_NOTE, TASKS, claim
+from emo_select.names import TASKS, claim
+from emo_select.ownership import MODEL_NOTE
 from emo_select.storage import exclusive, require_space, stop_holder
 from emo_select.sweeps import estimate, local, slurm, store
 from emo_select.sweeps.bench import Bench, pending

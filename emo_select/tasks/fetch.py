@@ -13,8 +13,9 @@ from pathlib import Path
 
 from emo_select.checkpoint.sources import HUB_FILES, MODELS, split_revision
 from emo_select.errors import DataMissingError, UsageError
+from emo_select.ownership import require_own_files
 from emo_select.progress import track
-from emo_select.storage import discard, require_space
+from emo_select.storage import discard, move_output, require_space
 from emo_select.tasks.base import Task
 from emo_select.tasks.hub import HubFile, HubUnreachable, hub_clauses, list_files
 from emo_select.tasks.registry import get_tasks
@@ -57,7 +58,11 @@ def megabytes(size: int) -> str:
 
 
 def make_plan(tasks: Sequence[str], models: Sequence[str], folder: Path) -> Plan:
-    """Ask the Hub for files and sizes. Raises `DataMissingError` if it cannot be asked, `DiskSpaceError`."""
+    """Ask the Hub for files and sizes.
+
+    Raises `DataMissingError` if it cannot be asked, `OwnershipError` where a file of another size is there that we did
+    not fetch, `DiskSpaceError`.
+    """
     if not tasks and not models:
         raise UsageError("Nothing to fetch; name tasks with --task or models with --model.")
     wanted: dict[str, HubFile] = {}
@@ -72,6 +77,7 @@ def make_plan(tasks: Sequence[str], models: Sequence[str], folder: Path) -> Plan
     except HubUnreachable as error:
         raise DataMissingError(f"Nothing was fetched: {error}.") from error
     missing = [file for file in wanted.values() if not _complete(folder / file.target, file.size)]
+    require_own_files(*(folder / file.target for file in missing))
     plan = Plan(folder, missing, len(wanted) - len(missing), list(models))
     require_space(folder, plan.bytes, "The download")
     return plan
@@ -111,7 +117,7 @@ def _complete(path: Path, size: int) -> bool:
 
 
 def carry_out(plan: Plan) -> None:
-    """Download the missing files. Raises `DataMissingError`; what was fetched stays and is not fetched again."""
+    """Download the missing files, and tidy. Raises `DataMissingError`; what was fetched stays, not fetched again."""
     with track("Fetching", total=plan.bytes) as bar:
         for file in plan.missing:
             try:
@@ -129,6 +135,4 @@ def _download(file: HubFile, folder: Path) -> None:
     with hub_clauses(file.repository):
         path = hf_hub_download(file.repository, file.name, repo_type=file.kind, revision=file.revision,
                                local_dir=growing)
-    target = folder / file.target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    Path(path).replace(target)
+    move_output(Path(path), folder / file.target)

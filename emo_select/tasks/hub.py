@@ -6,12 +6,15 @@ as parquet, else from the data set's own parquet files; scripts in a repository 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
+         errno.ENAMETOOLONG)  # faults of this machine's disk, not of the Hub
 CONVERTED = "refs/convert/parquet"
 
 
@@ -122,7 +125,10 @@ def download_to_cache(paths: Sequence[str], config: str, splits: Sequence[str]) 
 
 @contextmanager
 def hub_clauses(repository: str) -> Iterator[None]:
-    """Turn whatever a Hub call raises (the HTTP library's errors vary with its version) into `HubUnreachable`."""
+    """Turn whatever a Hub call raises (the HTTP library's errors vary with its version) into `HubUnreachable`.
+
+    Faults of this machine's disk stay what they are.
+    """
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
@@ -132,4 +138,6 @@ def hub_clauses(repository: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise HubUnreachable(f"the Hub answers for {repository}: {str(error).splitlines()[0]}") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in LOCAL:
+            raise
         raise HubUnreachable(f"the Hub cannot be reached ({type(error).__name__})") from error

@@ -140,6 +140,18 @@ def test_a_damaged_or_unwritable_memory_costs_only_time(tmp_path, monkeypatch):
     assert content_hash(path) == first
 
 
+def test_records_of_files_that_are_gone_and_the_oldest_are_dropped(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMO_SELECT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(hashes, "MOST", 4)
+    paths = [big(tmp_path / str(number)) for number in range(4)]
+    for number, path in enumerate(paths):
+        content_hash(path)
+        os.utime(hashes._place(path), (number, number))
+    paths[3].unlink()
+    content_hash(last := big(tmp_path / "last"))
+    assert {*(tmp_path / "cache/hashes").iterdir()} == {hashes._place(path) for path in (paths[2], last)}
+
+
 def test_the_hub_s_cache_names_large_files_by_their_hash(tmp_path, monkeypatch):
     (tmp_path / "blobs").mkdir()
     blob = tmp_path / "blobs" / ("ab" * 32)

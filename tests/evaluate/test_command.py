@@ -17,6 +17,7 @@ from emo_select.errors import DataMissingError, SpecError, UsageError
 from emo_select.evaluate import EvalOptions, curve, engine, evaluate_checkpoint, evaluate_keep_set, run
 from emo_select.experts import KeepSet, prune_checkpoint
 from emo_select.experts.methods import select_random
+from emo_select.ownership import FILES
 from emo_select.tables import Filters, load_layout, load_tree, make
 from emo_select.tasks import Task, get_tasks
 
@@ -71,7 +72,7 @@ def test_models_and_folders(model: Path, tasks: list[Task], tmp_path: Path) -> N
     result = invoke("--model", str(model), "--task", ",".join(names), "--limit", str(LIMIT), "--out", str(tmp_path),
                     "--json")
     assert json.loads(result.stdout)[str(model)].keys() == set(names)
-    assert {path.name for path in tmp_path.iterdir()} == {
+    assert {path.name for path in tmp_path.iterdir()} == {FILES} | {
         f"task-{task.alias}-{kind}" for task in tasks for kind in ("metrics.json", "predictions.jsonl")}
 
 
@@ -105,7 +106,7 @@ def test_an_interrupted_evaluation_goes_on_from_its_responses(model: Path, tasks
     evaluate_checkpoint(model, tasks, killed, options())
     assert asked == [asked[0], asked[0] - 7]
     assert same_content(killed, whole)
-    assert not list(killed.glob(".*"))
+    assert [path.name for path in killed.glob(".*")] == [FILES]
 
 
 def test_a_keep_set_gives_the_numbers_of_the_pruned_checkpoint(model: Path, tasks: list[Task], keep_set: KeepSet,

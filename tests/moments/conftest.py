@@ -1,14 +1,19 @@
 """One small world and one warm process for all tests of kills and faults."""
 
 import pytest
-from moment_cases import CASES, WARM, Warm, copy, make_world
+from hub_server import serve
+from moment_cases import CASES, WARM, Warm, copy, make_hub, make_world
 
 
 @pytest.fixture(scope="package")
-def warm():
-    process = Warm(*WARM)
-    yield process
-    process.close()
+def warm(tmp_path_factory):
+    hub = tmp_path_factory.mktemp("hub")
+    make_hub(hub)
+    with serve(hub) as (endpoint, _):
+        process = Warm(*WARM, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1",
+                       HF_HOME=str(tmp_path_factory.mktemp("home")))
+        yield process
+        process.close()
 
 
 @pytest.fixture(scope="package")

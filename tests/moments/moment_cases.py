@@ -3,18 +3,25 @@
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+
+from emo_select.demo import demo_path
 
 WARM = ("torch", "transformers", "datasets", "lm_eval.evaluator", "peft", "pyarrow.parquet", "emo_select.cli.app",
         "emo_select.experts.select", "emo_select.experts.prune", "emo_select.finetune.trainer",
         "emo_select.finetune.merge", "emo_select.evaluate.engine", "emo_select.models.emo", "emo_select.tables.report",
         "emo_select.pipeline.stages", "torch.distributed.checkpoint.state_dict",
-        "transformers.models.auto.modeling_auto", "accelerate", "submitit")
+        "transformers.models.auto.modeling_auto", "accelerate", "submitit", "emo_select.tasks.fetch")
+ENGINE = find_spec("olmo_core") is not None
+WARM += ("emo_select.pretrain.engine.work", "emo_select.pretrain.plots") if ENGINE else ()
+HUB = {"models/someone/tiny/beef": ("config.json", "model.safetensors", "tokenizer.json", "code/modeling.py")}
 VOLATILE = {"started", "seconds", "peak_memory", "peak_gpu_memory", "processing_time", "current_date", "cpu_seconds",
             "tokens_per_second", "since", "pid", "wall_seconds", "compute_config",
             "commit"}
@@ -50,7 +57,25 @@ CASES = {
     "report": Case(["report", "page.html", "--output-dir", "out"], [[*RUN, "--method", "random"]]),
     "table": Case(["table", "--to", "tables", "--output-dir", "out", "--format", "csv"],
                   [[*RUN, "--method", "random"]]),
+    "fetch": Case(["fetch", "--model", "someone/tiny", "--to", "fetched"]),
 }
+if ENGINE:
+    CASES["pretrain"] = Case(["pretrain", "recipe.yaml", "--data", "tokens.npy", "--tokenizer", "demo/emo", "--out",
+                              "trained", "--device", "cpu", "--no-benchmarks"])
+RECIPE = """
+name: tiny
+seed: 5
+tokens: 320  # 5 steps
+any_tokenizer: true
+tokenizer: {vocab_size: 128, eos_token_id: 0, pad_token_id: 1}
+model: {hidden_size: 8, layers: 1, heads: 2, init_std: 0.1, experts: {count: 4, shared: 1, top_k: 2, width: 8}}
+objective: {pool: {smallest: 1, largest: 3}}
+data: {sequence_length: 16, mask_documents: false}
+batch: {sequences: 4, micro_batch: 4}
+optimizer: {learning_rate: 0.01}
+schedule: {warmup_steps: 1}
+save: {every: 4, temporary_every: 1}
+"""
 
 
 class Warm:
@@ -107,12 +132,33 @@ def make_task(folder: Path) -> None:
         'text: "{{q}} Answer:"\nchoices: options\ngold: "{{gold}}"\n')
 
 
+def make_tokens(folder: Path) -> None:
+    """A recipe, and documents of random tokens in the demo's vocabulary."""
+    import numpy as np
+
+    told = json.loads((demo_path("emo") / "config.json").read_text())
+    tokens = np.random.default_rng(0).integers(4, told["vocab_size"], 800)
+    tokens[19::20] = told["eos_token_id"]
+    tokens.astype("u1" if told["vocab_size"] <= 256 else "<u2").tofile(folder / "tokens.npy")
+    (folder / "recipe.yaml").write_text(RECIPE)
+
+
 def make_world(folder: Path) -> None:
     """Everything that the cases start from."""
     folder.mkdir(parents=True)
     (folder / "tmp").mkdir()
     make_model(folder / "model")
     make_task(folder)
+    make_tokens(folder)
+
+
+def make_hub(root: Path) -> None:
+    """A model of the Hub."""
+    for place, names in HUB.items():
+        for name in names:
+            (root / place / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / place / name).write_text(json.dumps(f"content of {name}"))
+        (root / place).with_name("REFS").write_text(json.dumps({"main": Path(place).name}))
 
 
 def copy(world: Path, target: Path) -> Path:
@@ -140,11 +186,40 @@ def content(path: Path, root: Path) -> object:
         return {name: len(entries) for name, entries in json.loads(data)["files"].items()} if data else None
     if path.suffix == ".json" and data:
         return settled(json.loads(data), str(root))
+    if path.suffix == ".jsonl" and path.parent.name == "watch":
+        return Watched({(told := json.loads(line))["step"]: settled(told, str(root)) for line in data.splitlines()})
+    if path.suffix == ".pt" or path.name == ".metadata":  # equal pickles need not have equal bytes
+        import torch
+
+        return plain(torch.load(path, weights_only=False) if path.suffix == ".pt" else vars(pickle.loads(data)))
+    if path.suffix == ".png" and path.parent.name == "watch":
+        return "whole" if b"IEND" in data[-12:] else "cut"
     if path.suffix == ".html":
         return "whole" if data.rstrip().endswith(b"</html>") else "cut"
     if path.suffix in (".yaml", ".md"):
         return settled(data.decode(), str(root))
     return hashlib.sha256(data).hexdigest()
+
+
+class Watched(dict):
+    """What was told of each step. A kill after a checkpoint, before its step was told of, costs that one line."""
+
+    def __eq__(self, other: object) -> bool:
+        one, more = sorted((self, other), key=len)
+        return len(one) >= len(more) - 1 and all(one.get(step, told) == told for step, told in more.items())
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
+def plain(value: object) -> object:
+    """A pickle's content, without the number that every checkpoint has of its own, and the state of torch's generator:
+    a loader of data draws a seed at every start, which nothing uses."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items() if key not in ("storage_meta", "torch")}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
 def settled(value: object, root: str) -> object:

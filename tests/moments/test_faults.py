@@ -3,8 +3,10 @@
 import pytest
 from moment_cases import CASES, contents, copy, differences
 
+from emo_select import faults
 from emo_select.errors import StorageError
 from emo_select.faults import sentence, translated
+from emo_select.storage import require_space
 
 MOMENTS = 4  # of each command, evenly spread
 LONG = ("run twins",)
@@ -23,7 +25,9 @@ def test_a_full_disk(name, warm, starts, tmp_path):
     for at in range(1, len(seen) + 1, max(1, len(seen) // MOMENTS)):
         copy(starts(name), world)
         code, _, log = warm(words, world, "full", at)
-        if code not in (0, 1, 2) or "Traceback" in log or (code and not any("full" in line for line in errors(log))):
+        said = " ".join(log.split())
+        told = "is full (" in said and (" needed, " in said or seen[at - 1][0] == "mkdir")
+        if code not in (0, 1, 2) or "Traceback" in log or (code and not told):
             wrong.append((at, seen[at - 1], code, log[-600:]))
             continue
         again, _, log = warm(words, world) if code else (0, [], "")  # what was finished is not done again
@@ -50,6 +54,15 @@ def test_what_a_full_disk_says(tmp_path):
     said = str(caught.value)
     assert "3.00 GB needed" in said and "GB free" in said
     assert str(tmp_path / ".big.partial") in said and said.startswith("Writing the model: ")
+
+
+def test_what_was_needed_is_known_from_the_check_of_the_disk_before_or_from_the_file(tmp_path):
+    with pytest.raises(StorageError, match=r"5\.00 MB needed"), translated():
+        require_space(tmp_path, 5_000_000, "It")
+        with faults.at(tmp_path / "part", 7):
+            raise OSError(28, "No space left on device")
+    with pytest.raises(StorageError, match=r"0\.0 kB needed"), translated(), faults.at(tmp_path / "small", 7):
+        raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("fault, said", [

@@ -10,7 +10,7 @@ from moment_cases import CASES, contents, copy, differences
 
 EVERY = bool(os.environ.get("EMO_SELECT_EVERY_MOMENT"))
 STRIDES = {"run layerwise": 41, "run easy_ep": 41, "run twins": 397, "finetune": 37, "prune": 3, "merge-back": 3,
-           "compose": 5, "activations": 2}  # others: every moment
+           "compose": 5, "fetch": 17, "activations": 2, "pretrain": 47}  # others: every moment
 
 
 def chosen(name, seen):

@@ -71,7 +71,7 @@ def test_fills_a_folder_that_the_task_then_reads(hub: Path, tmp_path: Path) -> N
     assert task.available
     assert (len(task.docs("train")), len(task.docs("test"))) == (350, 50)
     assert task.docs("test")[0]["native_id"] == "own_350"
-    kept = {path.name for path in (folder / "models/someone/tiny").iterdir()}
+    kept = {path.name for path in (folder / "models/someone/tiny").iterdir() if path.name[0] != "."}
     assert kept == {"config.json", "model.safetensors", "tokenizer.json", "modeling.py"}  # no pickled weights
     assert not (folder / ".partial").exists()
 
@@ -90,6 +90,26 @@ def test_a_broken_download_goes_on_where_it_stopped(hub: Path, tmp_path: Path) -
     starts = [line.rpartition("bytes=")[2] for line in asked if "bytes=" in line and "model.safetensors" in line]
     assert starts and all(int(start.split("-")[0]) >= 10_000_000 for start in starts)
     assert (folder / "models/someone/tiny/model.safetensors").read_bytes() == weights
+
+
+def test_a_file_of_somebody_elses_is_not_replaced(hub: Path, tmp_path: Path) -> None:
+    """Refused before anything is downloaded; what was fetched is replaced where the Hub has another one now."""
+    folder = tmp_path / "data"
+    mine = folder / "models/someone/tiny/config.json"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
+    command = ["fetch", "-m", "someone/tiny", "--to", str(folder)]
+    with serve(hub) as (endpoint, asked):
+        refused = run(command, endpoint, tmp_path / "home")
+        assert refused.returncode == 2 and "config.json was not made by emo-select" in refused.stderr.replace("\n", " ")
+        assert mine.read_text() == "{}" and not [line for line in asked if "/resolve/" in line]
+        mine.unlink()
+        assert run(command, endpoint, tmp_path / "home").returncode == 0
+        (hub / "models/someone/tiny/beef").rename(hub / "models/someone/tiny/cafe")
+        (hub / "models/someone/tiny/REFS").write_text('{"main": "cafe"}')
+        (hub / "models/someone/tiny/cafe/config.json").write_text("of a later revision")
+        assert run(command, endpoint, tmp_path / "home").returncode == 0
+    assert mine.read_text() == "of a later revision"
 
 
 def test_sizes_first_and_nothing_downloaded_without_a_yes(hub: Path, tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ from emo_select.convert.pickles import check_pickle
 from emo_select.errors import CheckpointError
 from emo_select.pretrain.recipe import Recipe
 from emo_select.pretrain.run import Started
+from emo_select.storage import discard
+from emo_select.textfile import read_json_object
 
-STEP = re.compile(r"step(\d+)")
+STEP, SAVED = re.compile(r"step(\d+)"), re.compile(r"step\d+(-tmp)?")
+LAST_FILES = (".metadata.json", "config.json", "data_paths.txt")
 RATE = "optim.param_groups.embeddings.weight.lr"
 
 
@@ -19,6 +22,31 @@ def saved_steps(out: Path) -> list[int]:
     """Steps of the complete checkpoints in a run, ascending."""
     found = (STEP.fullmatch(path.name) for path in out.iterdir()) if out.is_dir() else ()
     return sorted(int(match[1]) for match in found if match and (out / match[0] / ".metadata.json").is_file())
+
+
+def tidy(out: Path, last: int) -> None:
+    """Remove what a killed run left in `out`: checkpoints half written or half removed.
+
+    When step `last`, its end, is saved, temporary checkpoints go, too.
+    """
+    saved = [path for path in out.iterdir() if SAVED.fullmatch(path.name)]
+    finished = (out / f"step{last}").is_dir() and _is_whole(out / f"step{last}")
+    for path in saved:
+        if not _is_whole(path) or (finished and path.name != f"step{last}" and _is_temporary(path)):
+            discard(path)
+    for left in out.glob(".step*.old"):
+        discard(left.with_name(left.stem.lstrip(".")))
+    for left in out.glob("cache/*.tmp"):  # the engine's, of instance numbers
+        left.unlink()
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all of it was written: the configuration and the names of the data files come last."""
+    return STEP.fullmatch(folder.name) is not None and all((folder / name).is_file() for name in LAST_FILES)
+
+
+def _is_temporary(folder: Path) -> bool:
+    return bool(read_json_object(folder / ".metadata.json").get("ephemeral"))
 
 
 def check(folder: Path) -> None:

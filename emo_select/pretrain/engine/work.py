@@ -14,16 +14,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from emo_select.errors import EmoSelectError, SpecError
+from emo_select.faults import translated
 from emo_select.pretrain import run
 from emo_select.pretrain.engine import starting
 from emo_select.pretrain.engine.build import Machine, Start, build_trainer
 from emo_select.pretrain.engine.watch import TensorBoard, Watch, broken
+from emo_select.pretrain.plan import Plan
 from emo_select.pretrain.run import RunRecord, RunSettings, Started
 from emo_select.pretrain.tokens import TokenData
 from emo_select.progress import configure, say, track
-from emo_select.storage import exclusive, write_json
+from emo_select.storage import exclusive, require_space, write_json
 
 
 def main(out: Path) -> None:
@@ -43,16 +46,31 @@ def carry_out(out: Path) -> None:
     torch.set_num_threads(settings.threads)
     with _quiet_engine(), _processes(settings) as rank:
         if rank:
+            _together()
             _train(out, record, settings, data)
             return
-        with exclusive(out / ".job" / "lock"):
+        with translated("Training stopped", out), exclusive(out / ".job" / "lock"):
+            starting.tidy(out, _last(record))
+            if _last(record) not in starting.saved_steps(out):
+                require_space(out, Plan(record.recipe, _world()).checkpoint_bytes, "A checkpoint")
+            _together()
             _train(out, record, settings, data)
+            starting.tidy(out, _last(record))
+
+
+def _together() -> None:
+    """Wait for the other processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _last(record: RunRecord) -> int:
+    """The step that the run ends with."""
+    return (record.started.first_step if record.started else 0) + record.recipe.steps
 
 
 def _train(out: Path, record: RunRecord, settings: RunSettings, data: TokenData) -> None:
-    recipe = record.recipe
-    started = record.started
-    last = (started.first_step if started else 0) + recipe.steps
+    recipe, started, last = record.recipe, record.started, _last(record)
     if steps := starting.saved_steps(out):
         starting.check(out / f"step{steps[-1]}")
         if steps[-1] >= last:
@@ -69,8 +87,7 @@ def _train(out: Path, record: RunRecord, settings: RunSettings, data: TokenData)
         if started and not steps:
             _load(trainer, started)
         _fit(trainer, out)
-    if dist.is_initialized():
-        dist.barrier()
+    _together()
     if trainer.global_step < last and settings.stop_at is None:
         raise SystemExit(143)  # stopped by a signal, a checkpoint was saved
 
@@ -86,6 +103,8 @@ def _fit(trainer: Any, out: Path) -> None:
     """Train; what the engine wraps around an error of ours is taken off."""
     try:
         trainer.fit()
+    except CheckpointException as error:  # its class is no Exception
+        raise _first_cause(error) from error
     except RuntimeError as error:
         inner: BaseException | None = error
         while inner is not None and not isinstance(inner, EmoSelectError):
@@ -93,6 +112,14 @@ def _fit(trainer: Any, out: Path) -> None:
         if inner is not None:
             raise inner from None
         raise _readable(error, out) from error
+
+
+def _first_cause(error: CheckpointException) -> Exception:
+    """Why a checkpoint could not be saved: a fault of the disk, if it was one."""
+    told = "\n".join(str(cause) for cause, _ in error.failures.values()).strip()  # of other processes only text comes
+    if found := re.search(r"\[Errno (\d+)\]", told):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    return EmoSelectError(f"A checkpoint could not be saved: {told.splitlines()[-1]}")
 
 
 def _readable(error: RuntimeError, out: Path) -> Exception:
