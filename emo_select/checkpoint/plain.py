@@ -116,4 +116,4 @@ class Plain(Checkpoint):
 
     def _per_expert(self, weight: Quantised, part: str) -> bool:
         shape = self.stored.tensors[part].shape
-        return len(weight.shape) > 2 and len(shape) > 1 and shape[0] == weight.shape[0]
+        return len(weight.shape) > 2 and len(shape) > 0 and shape[0] == weight.shape[0]

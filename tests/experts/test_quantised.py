@@ -282,6 +282,53 @@ def test_blocks_that_do_not_divide_a_weight_are_cut(originals: Callable[[str], P
         assert torch.equal(checkpoint.plain("F32").read(name), checkpoint.read(name).float() * whole)
 
 
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "one scale per expert"])
+def test_experts_that_are_fused_and_quantised_on_disk(blocks: bool, tmp_path: Path) -> None:
+    """As transformers saves FP8 in its own layout: `gate_up_proj` and `gate_up_proj_scale_inv`."""
+    def convert(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        if blocks:
+            parts = [quantising.blockwise(16)("weight", one) for one in weight]
+            return {name: torch.stack([part["weight"] for part in parts]),
+                    f"{name}_scale_inv": torch.stack([part["weight_scale_inv"] for part in parts])}
+        scales = weight.float().abs().amax(dim=(1, 2)) / 448
+        return {name: (weight.float() / scales[:, None, None]).to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3_moe", **{**SMALL, **MODELS["qwen3_moe"]})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    folder = quantising.quantised(tmp_path / "fused", tmp_path / "fp8", {**FP8, "weight_block_size": [16, 16]}, convert,
+                                  fused)
+    with open_checkpoint(folder) as checkpoint, open_checkpoint(prune(folder, tmp_path / "pruned")) as pruned:
+        name = "model.layers.1.mlp.experts.gate_up_proj"
+        found, scale = checkpoint.plain("F32").read(name), checkpoint.read(f"{name}_scale_inv")
+        whole = scale.repeat_interleave(16, 1).repeat_interleave(16, 2) if blocks else scale[:, None, None]
+        assert torch.equal(found, checkpoint.read(name).float() * whole)
+        assert (found - model.state_dict()[name].float()).abs().max() < 0.01
+        assert torch.equal(pruned.plain("F32").read(name), found[list(KEPT)])
+        assert pruned.info(f"{name}_scale_inv").shape == (len(KEPT), *scale.shape[1:])
+        assert select_layerwise(checkpoint, PROMPTS, [4])[4].experts
+
+
+def test_deepseek_v4_has_experts_in_4_and_the_rest_in_8_bits(tmp_path: Path) -> None:
+    from tiny_models import tiny_model
+
+    def convert(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        experts = ".experts." in name
+        return quantising.packed_fp4(name, weight) if experts else quantising.blockwise(16, scale="scale")(name, weight)
+    model = tiny_model("deepseek_v4", hidden_size=64, moe_intermediate_size=32)
+    model.bfloat16().save_pretrained(tmp_path / "plain")
+    folder = quantising.quantised(tmp_path / "plain", tmp_path / "v4", {**FP8, "weight_block_size": [16, 16]}, convert,
+                                  lambda name: name.endswith(("w1.weight", "w2.weight", "w3.weight", "wo_b.weight")))
+    full = stock(folder, torch.float32)
+    with open_checkpoint(folder) as checkpoint:
+        assert_reads_as(checkpoint, full, torch.float32)
+    pruned = stock(prune(folder, tmp_path / "pruned"), torch.float32)
+    assert_kept_bytes(folder, tmp_path / "pruned")
+    for name, value in full.state_dict().items():
+        kept = pruned.state_dict()[name]
+        assert torch.equal(kept, value if kept.shape == value.shape else value[list(KEPT)]), name
+
+
 def test_packed_rows_that_do_not_fill_their_last_word(originals: Callable[[str], Path], tmp_path: Path) -> None:
     settings, convert = quantising.compressed("pack-quantized", {**INT, "num_bits": 4, "strategy": "channel"})
     folder = quantising.quantised(originals("qwen3_moe"), tmp_path / "cut", settings,
