@@ -15,6 +15,7 @@ from torch import Tensor
 from emo_select.checkpoint.header import DTYPES
 from emo_select.checkpoint.quantised import Quantised
 
+INT4 = tuple(float(number) for number in range(-8, 8))
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -25,8 +26,8 @@ def dequantised(weight: Quantised, parts: Mapping[str, Tensor], dtype: torch.dty
     values = _numbers(weight, parts[weight.payload], work)
     if weight.zero_point is not None:
         values = _combined(values, _zero_point(weight, parts[weight.zero_point], scale, values).to(work), weight,
-                           torch.sub)
-    values = _combined(values, scale, weight, torch.mul)
+                           Tensor.sub_)
+    values = _combined(values, scale, weight, Tensor.mul_)
     if weight.through is not None:
         values = values.to(_dtype(weight.through))
     values = values.to(dtype)
@@ -48,17 +49,22 @@ def _scale(weight: Quantised, parts: Mapping[str, Tensor]) -> Tensor:
 def _numbers(weight: Quantised, payload: Tensor, work: torch.dtype) -> Tensor:
     """[R, C] as they are stored, before scaling."""
     if weight.numbers == "fp4":
-        pairs = torch.nn.functional.embedding(payload.view(torch.uint8).int(), _pairs())
-        return pairs.reshape(payload.shape[0], -1).to(work)
+        return _looked_up(payload, E2M1).to(work)
     if weight.numbers == "ints":
         return _unpacked(payload, weight.bits, weight.shape[-1]).to(work)
     return payload.to(work)
 
 
+def _looked_up(payload: Tensor, codes: tuple[float, ...]) -> Tensor:
+    """[R, 2 · bytes] in float32: the numbers that the halves of each byte stand for."""
+    pairs = torch.nn.functional.embedding(payload.contiguous().view(torch.uint8).int(), _pairs(codes))
+    return pairs.reshape(payload.shape[0], -1)
+
+
 @cache
-def _pairs() -> Tensor:
+def _pairs(codes: tuple[float, ...]) -> Tensor:
     """[256, 2]: the two numbers of a byte, the low half first."""
-    values = torch.tensor(E2M1)
+    values = torch.tensor(codes)
     return torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=1)
 
 
@@ -67,6 +73,8 @@ def _unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
 
     32 numbers take `bits` words; one may begin in a word and end in the next.
     """
+    if bits == 4:
+        return _looked_up(words, INT4)[:, :columns]
     words = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).long() & 0xFFFFFFFF
     words = words.view(words.shape[0], -1, bits)
     starts = torch.arange(32) * bits
@@ -85,7 +93,7 @@ def _zero_point(weight: Quantised, stored: Tensor, scale: Tensor, values: Tensor
 
 
 def _combined(values: Tensor, by: Tensor, weight: Quantised, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """`values` [R, C] with one entry of `by` for each block of them."""
+    """`values` [R, C], changed in place, with one entry of `by` for each block of them."""
     rows, columns = values.shape
     if by.numel() == 1 or by.shape == (rows, 1):
         return operation(values, by)
