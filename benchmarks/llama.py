@@ -22,17 +22,20 @@ from emo_select.export.gguf import export_gguf
 TOKENIZER = Path(emo_select.__file__).parent / "demo" / "models" / "emo"
 SHAPE = {"layers": 6, "experts": 48, "hidden": 512, "width": 256, "heads": 8, "top_k": 5, "shared": 1}
 ASK = """
-import json, sys, xllamacpp
+import json, sys, time, xllamacpp
 settings = xllamacpp.CommonParams()
 settings.model.path = sys.argv[1]
 settings.n_ctx, settings.n_parallel, settings.fit_params, settings.port = 512, 1, False, 0
 settings.verbosity, settings.cpuparams.n_threads = 0, int(sys.argv[2])
 server, found = xllamacpp.Server(settings), []
 for _ in range(3):
+    cpu = time.process_time()
     answer = server.handle_completions({"prompt": list(range(3, 259)), "n_predict": 64, "temperature": 0,
                                         "ignore_eos": True, "cache_prompt": False})
     found.append((json.loads(answer) if isinstance(answer, str | bytes) else answer)["timings"])
+    found[-1]["cpu"] = time.process_time() - cpu
 result = {name: max(one[name] for one in found) for name in ("prompt_per_second", "predicted_per_second")}
+result["cpu"] = min(one["cpu"] for one in found)
 """
 
 
@@ -51,9 +54,9 @@ def main() -> None:
             child = run_child(ASK, str(out / "model.gguf"), str(chosen.threads), python=environment("llama"))
             speed = child["result"]
             rows.append([name, dtype, f"{(out / 'model.gguf').stat().st_size / 1e6:.0f}",
-                         f"{speed['prompt_per_second']:.0f}", f"{speed['predicted_per_second']:.0f}",
+                         f"{speed['prompt_per_second']:.0f}", f"{speed['predicted_per_second']:.0f}", f"{speed['cpu']:.2f}",
                          f"{child['peak_bytes'] / 1e6:.0f}"])
-    print(table(rows, ["model", "type", "MB", "prompt tokens/s", "new tokens/s", "peak MB"]))
+    print(table(rows, ["model", "type", "MB", "prompt tokens/s", "new tokens/s", "CPU s for both", "peak MB"]))
 
 
 def models(folder: Path, keep: int) -> dict[str, Path]:

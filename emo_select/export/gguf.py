@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast, get_args
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 Stored = Literal["f32", "f16", "bf16", "q8_0"]
 ARCHITECTURE = "glm4moe"
 FILE = "model.gguf"
+OLDEST_GGUF = (0, 18)
 KINDS = ("emo", "flex_olmo_noqknorm_prenorm")
 AS_STORED: dict[str, Stored] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 TYPES = {"f32": ("F32", "ALL_F32", "float32"), "f16": ("F16", "MOSTLY_F16", "float16"),
@@ -124,11 +126,14 @@ def _stored(checkpoint: Checkpoint, dtype: str) -> Stored:
 
 
 def require_gguf() -> None:
-    """Raise `UsageError` where the package that writes the format is missing."""
+    """Raise `UsageError` where the package that writes the format is missing or too old."""
     try:
-        import gguf  # noqa: F401
-    except ImportError:
+        found = version("gguf")
+    except PackageNotFoundError:
         raise UsageError("Writing GGUF files needs the package gguf: pip install 'emo-select[gguf]'.") from None
+    if tuple(map(int, found.split(".")[:2])) < OLDEST_GGUF:
+        oldest = ".".join(map(str, OLDEST_GGUF))
+        raise UsageError(f"gguf {found} is too old; {oldest} or later is needed: pip install -U gguf.")
 
 
 def _expressible(values: Mapping[str, Any]) -> EmoConfig:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -210,16 +210,15 @@ def test_a_folder_of_somebody_else_stays(emo: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs.txt"]
 
 
-def test_without_the_package_one_sentence_says_how_to_get_it(emo: Path, tmp_path: Path,
+@pytest.mark.parametrize(("found", "words"), [(None, r"emo-select\[gguf\]"), ("0.10.0", "too old; 0.18 or later")])
+def test_without_the_package_one_sentence_says_how_to_get_it(emo: Path, tmp_path: Path, found: str | None, words: str,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    load = builtins.__import__
+    def version(name: str) -> str:
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
 
-    def without_gguf(name: str, *rest: Any) -> Any:
-        if name == "gguf":
-            raise ImportError(name)
-        return load(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without_gguf)
-    with pytest.raises(UsageError, match=r"emo-select\[gguf\]"):
+    monkeypatch.setattr("emo_select.export.gguf.version", version)
+    with pytest.raises(UsageError, match=words):
         export_gguf(emo, tmp_path / "out")
     assert not (tmp_path / "out").exists()
