@@ -9,17 +9,18 @@ new ones, the best of three. Weights are random: only size and speed mean anythi
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
 from common import environment, make_random_checkpoint, run_child, table
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
 
-import emo_select
 from emo_select.experts.keepset import KeepSet
 from emo_select.experts.prune import prune_checkpoint
 from emo_select.export.gguf import export_gguf
 
-TOKENIZER = Path(emo_select.__file__).parent / "demo" / "models" / "emo"
 SHAPE = {"layers": 6, "experts": 48, "hidden": 512, "width": 256, "heads": 8, "top_k": 5, "shared": 1}
 ASK = """
 import json, sys, time, xllamacpp
@@ -50,24 +51,33 @@ def main() -> None:
         for dtype in ("f32", "q8_0"):
             out = chosen.folder / f"{name}-{dtype}"
             shutil.rmtree(out, ignore_errors=True)
-            export_gguf(model, out, dtype=dtype, tokenizer_pre="gpt-2")
+            export_gguf(model, out, dtype=dtype)
             child = run_child(ASK, str(out / "model.gguf"), str(chosen.threads), python=environment("llama"))
             speed = child["result"]
             rows.append([name, dtype, f"{(out / 'model.gguf').stat().st_size / 1e6:.0f}",
-                         f"{speed['prompt_per_second']:.0f}", f"{speed['predicted_per_second']:.0f}", f"{speed['cpu']:.2f}",
-                         f"{child['peak_bytes'] / 1e6:.0f}"])
+                         f"{speed['prompt_per_second']:.0f}", f"{speed['predicted_per_second']:.0f}",
+                         f"{speed['cpu']:.2f}", f"{child['peak_bytes'] / 1e6:.0f}"])
     print(table(rows, ["model", "type", "MB", "prompt tokens/s", "new tokens/s", "CPU s for both", "peak MB"]))
 
 
 def models(folder: Path, keep: int) -> dict[str, Path]:
     """The full model, and the one with `keep` experts per layer, the shared one among them."""
     full, pruned = make_random_checkpoint(folder / "full", **SHAPE), folder / f"pruned-{keep}"
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / name, full)
+    write_tokenizer(full)
     if not pruned.exists():
         experts = ((*range(keep - 1), SHAPE["experts"] - 1),) * SHAPE["layers"]
         prune_checkpoint(full, KeepSet(experts=experts, method="random", keep_k=keep, num_shared=1), pruned)
     return {f"{SHAPE['experts']} experts": full, f"{keep} experts": pruned}
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One token a byte, and a merge, as llama.cpp wants one."""
+    tokens = ["<|endoftext|>", "<|pad|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
+    made = Tokenizer(tokenizer_models.BPE({token: number for number, token in enumerate(tokens)}, [("h", "e")]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(tokens[:2])
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokens[0], "pad_token": tokens[1]}))
 
 
 if __name__ == "__main__":

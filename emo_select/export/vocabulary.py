@@ -58,8 +58,9 @@ def read_vocabulary(folder: Path, rows: int, pre: str | None = None) -> Vocabula
     if not files.path.is_file():
         raise ModelError(f"{folder} has no tokenizer.json; copy the model's own there.")
     content = read_json_object(files.path, ModelError)
-    if (content.get("model") or {}).get("type") != "BPE" or content["model"].get("byte_fallback"):
-        raise ModelError(f"The tokenizer in {folder} is no byte-level BPE, and only such are exported.")
+    model = content.get("model") or {}
+    if model.get("type") != "BPE" or model.get("byte_fallback") or not model.get("merges"):
+        raise ModelError(f"The tokenizer in {folder} is no byte-level BPE with merges, and only such are exported.")
     named = pre or _splitting(content)
     if files.size > rows:
         raise ModelError(f"The tokenizer in {folder} has {files.size} tokens and the model only {rows}.")

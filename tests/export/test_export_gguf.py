@@ -179,10 +179,11 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused_and_can_be_named(tm
     with pytest.raises(ModelError, match="only 258"):
         read_vocabulary(source, 258, "gpt-2")
     content = json.loads((source / "tokenizer.json").read_text())
-    content["model"] |= {"type": "WordLevel", "unk_token": "?"}
-    (source / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ModelError, match="no byte-level BPE"):
-        plan_gguf(source, tokenizer_pre="gpt-2")
+    for changes in ({"merges": []}, {"type": "WordLevel", "unk_token": "?"}):
+        content["model"] |= changes
+        (source / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(ModelError, match="no byte-level BPE with merges"):
+            plan_gguf(source, tokenizer_pre="gpt-2")
     (source / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"no tokenizer\.json"):
         plan_gguf(source)
