@@ -72,6 +72,11 @@ class Skeleton:
             raise ModelError(f"Layer {layer} of this model also looks at what layers further below gave, so its layers "
                              "cannot be run one at a time.")
 
+    @property
+    def whole(self) -> int:
+        """How many of the layers with experts do not split into two halves."""
+        return sum(bool(count) and not kind.split for count, kind in zip(self._experts, self._kinds, strict=True))
+
     def front(self, shell: Shell) -> Front:
         """What can run of the shell's layer, with the router of the unpruned layer, before experts are chosen."""
         kind = self._kinds[shell.layer]

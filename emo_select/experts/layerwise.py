@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emo_select import progress
 from emo_select.checkpoint import Checkpoint
 from emo_select.experts.batches import Batch
 from emo_select.experts.keepset import KeepSet
@@ -69,6 +70,9 @@ def select_layerwise(checkpoint: Checkpoint, token_ids: Sequence[Sequence[int]],
     asked = [keep_k for keep_k, counts in wanted.items() if counts != everything]
     key = f"{stage.key} {asked} {num_shared} {score} {sorted((weights or {}).items())}"
     run = _Layerwise(stage, [wanted[keep_k] for keep_k in asked], score, mixture(stage.groups, weights))
+    if asked and stage.skeleton.whole:
+        progress.say_once(f"{stage.skeleton.whole} of {stage.layers} layers do not split into attention and experts, "
+                          "so their attention runs twice.")
     if asked:
         run.run(Snapshots(work_dir, key, stage.team))
     found: dict[KeepK, tuple[Kept, list[list[float] | None] | None]] = {

@@ -31,6 +31,8 @@ from emo_select.models.families import (
 )
 from emo_select.models.preflight import check_weights
 
+PIECE = 1 << 22  # numbers
+
 
 @dataclass(frozen=True)
 class Shell:
@@ -162,9 +164,12 @@ class Reader:
 
 
 def _is_finite(values: Tensor) -> bool:
-    # a sum is one pass over memory; only if it overflows or meets NaN is every element looked at
-    return not values.is_floating_point() or bool(values.sum(dtype=torch.float32).isfinite()) \
-        or bool(values.isfinite().all())
+    if not values.is_floating_point():
+        return True
+    # a sum is one pass over memory; only if it overflows or meets NaN is every element looked at. In pieces, since sums
+    # of half precision are made of a copy in fp32
+    return all(bool(piece.sum(dtype=torch.float32).isfinite()) or bool(piece.isfinite().all())
+               for piece in values.flatten().split(PIECE))
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, what: str,

@@ -22,7 +22,7 @@ SIZES: Mapping[str, int] = {
     "shared_expert_intermediate_size": WIDTH, "shared_intermediate_size": WIDTH, "expert_ffn_hidden_size": WIDTH,
     "shared_experts_intermediate_size": WIDTH, "moe_shared_expert_intermediate_size": WIDTH,
     "num_experts": EXPERTS, "num_local_experts": EXPERTS, "n_routed_experts": EXPERTS, "moe_num_experts": EXPERTS,
-    "kv_lora_rank": 8, "q_lora_rank": 8, "o_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+    "kv_lora_rank": 8, "q_lora_rank": 8, "o_lora_rank": 8, "qk_rope_head_dim": HEAD, "qk_nope_head_dim": 4,
     "v_head_dim": HEAD, "index_head_dim": HEAD, "index_n_heads": 2, "index_topk": 4, "sliding_window": 8,
     "sliding_window_size": 8, "attention_chunk_size": 8, "linear_key_head_dim": HEAD, "linear_value_head_dim": HEAD,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_head_dim": HEAD, "linear_num_heads": HEADS,
