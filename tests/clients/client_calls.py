@@ -17,7 +17,7 @@ def in_environment(name: str, *arguments: str | Path, code: int = 0) -> subproce
     python = environments.python_of(name)
     if python is None:
         pytest.skip(f"the environment of {name} is not there; `make clients` makes it")
-    done = subprocess.run([python, *arguments], capture_output=True, text=True, timeout=900, env=_environment())
+    done = subprocess.run([python, *arguments], capture_output=True, text=True, timeout=3000, env=_environment())
     assert done.returncode == code, done.stderr[-4000:]
     return done
 

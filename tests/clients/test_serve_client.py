@@ -8,7 +8,7 @@ import pytest
 from client_calls import in_environment
 from made_checkpoints import prune, save_emo
 
-pytestmark = pytest.mark.client
+pytestmark = [pytest.mark.client, pytest.mark.timeout(3600)]
 PROMPT = "The"
 
 

@@ -14,7 +14,7 @@ from emo_select.evaluate import EvalOptions, evaluate_checkpoint
 from emo_select.spec import Lora
 from emo_select.tasks import get_tasks
 
-pytestmark = pytest.mark.client
+pytestmark = [pytest.mark.client, pytest.mark.timeout(3600)]
 NEW_TOKENS = 8
 DEMO_TASKS = ("demo_harbor", "demo_kitchen", "demo_museum", "demo_orchard", "demo_railway", "demo_theater",
               "demo_village", "demo_workshop")
