@@ -2,8 +2,8 @@
 
     python benchmarks/llama.py            # 6 layers × 48 experts, hidden 512; 12 experts kept; f32 and q8_0
 
-llama.cpp runs in the environment of tests/clients (`make clients`) and times itself: a prompt of 256 tokens, then 64
-new ones, the best of three. Weights are random: only size and speed mean anything.
+llama.cpp runs in the environment of tests/clients (`make clients`) and times itself: a prompt of 256 tokens, then 32
+new ones, the better of two. Weights are random: only size and speed mean anything.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ settings.model.path = sys.argv[1]
 settings.n_ctx, settings.n_parallel, settings.fit_params, settings.port = 512, 1, False, 0
 settings.verbosity, settings.cpuparams.n_threads = 0, int(sys.argv[2])
 server, found = xllamacpp.Server(settings), []
-for _ in range(3):
+for _ in range(2):
     cpu = time.process_time()
-    answer = server.handle_completions({"prompt": list(range(3, 259)), "n_predict": 64, "temperature": 0,
+    answer = server.handle_completions({"prompt": list(range(3, 259)), "n_predict": 32, "temperature": 0,
                                         "ignore_eos": True, "cache_prompt": False})
     found.append((json.loads(answer) if isinstance(answer, str | bytes) else answer)["timings"])
     found[-1]["cpu"] = time.process_time() - cpu

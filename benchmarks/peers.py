@@ -147,11 +147,11 @@ def compare(chosen: argparse.Namespace, size: str, family: str) -> list[list[obj
         found = measure(python, code, path, model, warm, chosen.threads)
         if name.startswith("ours"):
             ours = found
-        print(f"{family}, {size}, {name}: {found['cpu']:.1f} CPU s", file=sys.stderr, flush=True)
         seconds = [f"{found[key]:.1f}" for key in ("start", "wall", "cpu")]
         ratios = [f"{found[key] / ours[key]:.1f}" for key in ("wall", "cpu", "peak")]
         rows.append([f"{family}, {megabytes:,.0f} MB", name, *seconds, f"{found['peak'] / 1e6:,.0f}", *ratios,
                      "" if found is ours else agreement(ours, found)])
+        print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
     return rows
 
 
