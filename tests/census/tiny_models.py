@@ -35,6 +35,7 @@ SIZES: dict[str, Any] = {
     "linear_head_dim": 8, "linear_num_heads": 2, "router_jitter_noise": 0.0, "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 0,
 }
+MIXED = ["linear_attention", "full_attention", "linear_attention"]
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # What a family needs besides or instead of SIZES; nested configurations are tiny by the same rule, part by part.
 EXTRA: dict[str, dict[str, Any]] = {
@@ -66,9 +67,11 @@ EXTRA: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "mamba_num_heads": 2,
                    "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "use_mamba_kernels": False},
     "phimoe": {"num_experts_per_tok": 2},
+    "bailing_hybrid": {"layer_types": MIXED}, "kimi_linear": {"layer_types": MIXED},
+    "qwen3_next": {"layer_types": MIXED}, "qwen3_5_moe_text": {"layer_types": MIXED},
     "qwen2_moe": {"mlp_only_layers": [0]}, "qwen3_moe": {"decoder_sparse_step": 2},
-    "qwen4_exp_text": {"hc_count": 2, "hc_lowrank": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1,
-                       "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention", "linear_attention"], "hc_count": 2,
+                       "hc_lowrank": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 8},
 }
 
