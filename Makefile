@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE # else every process would compile everything again
 
-.PHONY: demo test lint types docs unit slurm kills clients clean
+.PHONY: demo test lint types docs unit slurm kills clients census clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,11 @@ kills: $(VENV)/installed-dev  ## every command killed at every change of the dis
 clients: $(VENV)/installed-dev  ## the tests that ask vLLM and others, each in an environment of its own
 	$(BIN)/python tests/clients/environments.py
 	$(BIN)/pytest -m client -rs
+
+census: $(VENV)/installed-dev  ## every MoE family of transformers in all stages, and again with its newest release
+	EMO_SELECT_CENSUS=1 $(BIN)/pytest tests/census -rs
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --upgrade --target build/newest 'transformers<6'
+	PYTHONPATH=build/newest $(BIN)/pytest tests/census -rs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

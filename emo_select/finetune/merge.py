@@ -189,6 +189,9 @@ def _row_change(
         return group, None
     each = role.rows.each
     pairs = [(row * each + at, target * each + at) for row, target in chosen for at in range(each)]
+    if group == "router":  # what lies behind the experts was trained with them
+        count = family.counts[role.layer or 0]
+        pairs += [(len(kept) * each + at, count * each + at) for at in range(role.rows.tail)]
     rows, targets = zip(*pairs, strict=True)
     return group, Change(name, rows, targets, role.rows.axis)
 

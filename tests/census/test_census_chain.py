@@ -112,7 +112,7 @@ def test_trained_experts_go_back_to_their_places(model_type: str, chains: Path, 
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     family = family_of(open_checkpoint(folder).config)
     assert changed and all(family.role(name).kind != "other" for name in changed)
-    merge_back(tmp_path / "tuned" / "checkpoint-1", str(folder), tmp_path / "merged", MergeOptions())
+    merge_back(tmp_path / "tuned" / "checkpoint-1", str(folder), tmp_path / "merged", MergeOptions(router=True))
     merged, full = tensors(tmp_path / "merged"), tensors(folder)
     assert merged.keys() == full.keys() and all(merged[name].shape == full[name].shape for name in full)
     prune_checkpoint(tmp_path / "merged", keep_set(folder, KEPT), tmp_path / "again")
@@ -122,7 +122,8 @@ def test_trained_experts_go_back_to_their_places(model_type: str, chains: Path, 
     prune_checkpoint(tmp_path / "merged", keep_set(folder, dropped), tmp_path / "others")
     prune_checkpoint(folder, keep_set(folder, dropped), tmp_path / "untouched")
     others, untouched = tensors(tmp_path / "others"), tensors(tmp_path / "untouched")
-    assert all(torch.equal(others[name], untouched[name]) for name in others)
+    tails = {name for name in others if family.role(name).rows.tail}  # what lies behind the experts is trained, too
+    assert all(torch.equal(others[name], untouched[name]) for name in others.keys() - tails)
 
 
 def words() -> PreTrainedTokenizerFast:
@@ -133,7 +134,8 @@ def words() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>")
 
 
-@pytest.mark.parametrize("model_type", CHOSEN)
+# In transformers' minimax, padding behind a text changes what comes before it, so its batches have no one answer.
+@pytest.mark.parametrize("model_type", [name for name in CHOSEN if name != "minimax"])
 def test_evaluation_gives_the_numbers_of_the_harness(model_type: str, chains: Path, tmp_path: Path) -> None:
     _, folder = tiny_checkpoint(model_type, chains)
     prune_checkpoint(folder, keep_set(folder, KEPT), tmp_path / "pruned")

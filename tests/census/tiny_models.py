@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 EXPERTS, TOP_K, VOCABULARY, LAYERS = 12, 3, 64, 3
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY, "max_position_embeddings": 64,
+    "vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY,
+    "unpadded_vocab_size": VOCABULARY, "max_position_embeddings": 64,
     "model_max_length": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "hidden_size": 16, "num_hidden_layers": LAYERS, "num_layers": LAYERS, "head_dim": 8,
     "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -71,7 +72,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "qwen3_next": {"layer_types": MIXED}, "qwen3_5_moe_text": {"layer_types": MIXED},
     "qwen2_moe": {"mlp_only_layers": [0]}, "qwen3_moe": {"decoder_sparse_step": 2},
     "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention", "linear_attention"], "hc_count": 2,
-                       "hc_lowrank": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2},
+                       "hc_lowrank": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
+                       "indexer_budget": 8, "indexer_compress_ratio": 2},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 8},
 }
 
