@@ -18,7 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch
+
 from benchmarks.common import drop_page_cache, make_random_checkpoint, run_child, stopwatch, table
+from emo_select.checkpoint import open_checkpoint
 
 IMPORTS = """
 import sys, time, torch
@@ -57,6 +60,14 @@ def _copy(source: Path, target: Path) -> float:
     return seconds[0]
 
 
+def compared(source: Path, back: Path) -> tuple[int, int]:
+    """How many tensors of `source` came back the same, one in memory at a time."""
+    with open_checkpoint(source) as one, open_checkpoint(back) as other:
+        names = list(one.tensors)
+        same = sum(torch.equal(one.read(name), other.read(name)) for name in names if name in other.tensors)
+        return same, len({*names, *other.tensors})
+
+
 def main() -> None:
     """Print the comparison as a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -70,10 +81,12 @@ def main() -> None:
         source = make_random_checkpoint(work / "source", layers=options.layers, hidden=1024, width=512, heads=8)
         found = {"to olmo-core": measure(TO_CORE, source, work / "step0", options.rounds),
                  "to hf": measure(TO_HF, work / "step0", work / "hf", options.rounds)}
+        equal, all_of_them = compared(source, work / "hf")
     rows = [(name, f"{r['bytes'] / 1e9:.2f} GB", f"{r['bytes'] / r['seconds'] / 1e6:.0f} MB/s",
              f"{r['bytes'] / r['cp_seconds'] / 1e6:.0f} MB/s", f"{r['cp_seconds'] / r['seconds']:.2f}",
              f"{(r['peak'] - idle) / 1e6:.0f} MB", f"{r['largest'] / 1e6:.0f} MB") for name, r in found.items()]
     print(table(rows, ("", "written", "convert", "cp", "convert / cp", "memory", "largest tensor")))
+    print(f"{equal} of {all_of_them} tensors are the same bits after both")
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def _record(recipe: Recipe, settings: RunSettings, processes: int, start: Path |
     """Everything that can be wrong with the request is found here, before work."""
     from emo_select.errors import SpecError
     from emo_select.pretrain.plan import check_divides
-    from emo_select.pretrain.run import RunRecord, check_data, open_data, with_tokenizer_of
+    from emo_select.pretrain.run import RunRecord, check_data, give_wandb_its_key, open_data, with_tokenizer_of
 
     check_divides(recipe, processes)
     data = open_data(settings)
@@ -234,6 +234,7 @@ def _record(recipe: Recipe, settings: RunSettings, processes: int, start: Path |
         _require_installed("tensorboard", "--tensorboard needs TensorBoard: pip install tensorboard.")
     if settings.wandb:
         _require_installed("wandb", "--wandb needs W&B: pip install wandb.")
+        give_wandb_its_key()
     started = None
     if start is not None:
         from emo_select.pretrain.engine.starting import describe

@@ -10,11 +10,14 @@ Importing this imports no torch.
 
 from __future__ import annotations
 
+import netrc
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict
 
@@ -151,6 +154,24 @@ def _keep_tokenizer(out: Path, identifier: str | None) -> None:
         for path in source.iterdir():
             if path.is_file() and path.suffix != ".safetensors" and not path.name.startswith("."):
                 shutil.copy(path, folder)
+
+
+def give_wandb_its_key() -> None:
+    """Put the key of W&B into WANDB_API_KEY, where alone the engine looks: from ~/.netrc, as `wandb login` leaves it.
+
+    Raises `SpecError` where there is none and W&B is not offline.
+    """
+    if os.environ.get("WANDB_API_KEY"):
+        return
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    try:
+        known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    if known is None and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+        raise SpecError(f"There is no key for W&B at {host}; run `wandb login`, or set WANDB_API_KEY or "
+                        "WANDB_MODE=offline.")
+    os.environ["WANDB_API_KEY"] = known[2] if known else "offline"
 
 
 def read_record(out: Path) -> RunRecord:

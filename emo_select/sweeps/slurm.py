@@ -287,5 +287,8 @@ def _ask(*command: str) -> str:
 
 
 def _last_words(error: BaseException) -> str:
-    text = str(error.__cause__ or error).strip().splitlines()
+    reason = error.__cause__
+    if isinstance(reason, subprocess.CalledProcessError):  # which says nothing but that it failed
+        reason = None
+    text = str(reason or error).strip().splitlines()
     return text[-1] if text else type(error).__name__

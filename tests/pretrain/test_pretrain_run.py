@@ -185,6 +185,36 @@ def test_published_draws_are_another_run(inputs, undisturbed, tmp_path):
     assert not same(tmp_path / "run", undisturbed)
 
 
+# ---- other places to watch
+
+
+def test_tensorboard_shows_each_step_once_also_after_a_stop(inputs, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
+                                 reason="needs TensorBoard: pip install tensorboard")
+    for step in ("3", "5"):
+        pretrain(inputs, tmp_path / "run", "--stop-at", step, "--tensorboard")
+    shown = events.EventAccumulator(str(tmp_path / "run/watch")).Reload()
+    told = [json.loads(line) for line in (tmp_path / "run/watch/metrics.jsonl").read_text().splitlines()]
+    scalars = [(event.step, event.value) for event in shown.Scalars("train/CE loss")]
+    assert [step for step, _ in scalars] == [1, 2, 3, 4, 5]
+    assert [value for _, value in scalars] == pytest.approx([line["loss"] for line in told], abs=1e-5)
+
+
+def test_wandb_has_a_run_of_its_own(inputs, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs W&B: pip install wandb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(SpecError, match=r"no key for W&B at api\.wandb\.ai"):
+        pretrain(inputs, tmp_path / "run", "--wandb", "my-project")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    pretrain(inputs, tmp_path / "run", "--stop-at", "2", "--wandb", "my-project")
+    [record] = tmp_path.rglob("run-*.wandb")
+    assert b"CE loss" in record.read_bytes()
+
+
 # ---- refusals: one sentence, before work, nothing lost
 
 

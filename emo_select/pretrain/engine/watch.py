@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo_core.distributed.utils import get_rank
-from olmo_core.train.callbacks import Callback
+from olmo_core.train.callbacks import Callback, WandBCallback
 from torch import nn
 
 from emo_select.errors import NumericError
@@ -90,6 +90,16 @@ class Watch(Callback):  # type: ignore[misc,unused-ignore]
             file.write(json.dumps(told) + "\n")
 
 
+class WandB(WandBCallback):  # type: ignore[misc,unused-ignore]
+    """The engine's callback; it ends runs with an argument that newer releases of W&B do not know."""
+
+    def finalize(self, exit_code: int = 0) -> None:
+        """End the run, once."""
+        if not self.finalized:
+            self.wandb.finish(exit_code=exit_code)
+            self._finalized = True
+
+
 class TensorBoard(Callback):  # type: ignore[misc,unused-ignore]
     """All metrics of the engine as TensorBoard events, by the first rank; the engine brings no such callback."""
 
@@ -102,7 +112,7 @@ class TensorBoard(Callback):  # type: ignore[misc,unused-ignore]
         if get_rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(self.folder), purge_step=self.step)
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1)
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics of one step."""

@@ -156,9 +156,10 @@ def _loggers(settings: RunSettings, out: Path) -> dict[str, Any]:
     if settings.tensorboard:
         chosen["tensorboard"] = TensorBoard(out / "watch")
     if settings.wandb:
-        from olmo_core.train.callbacks import WandBCallback
+        from emo_select.pretrain.engine.watch import WandB
 
-        chosen["wandb"] = WandBCallback(enabled=True, project=settings.wandb, name=out.name)
+        run.give_wandb_its_key()
+        chosen["wandb"] = WandB(enabled=True, project=settings.wandb, name=out.name)
     return chosen
 
 
