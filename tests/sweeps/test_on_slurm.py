@@ -13,6 +13,7 @@ from sweep_cases import finish, finished_sweep, wait_until
 
 from emo_select import record
 from emo_select.cli.sweep_views import follow
+from emo_select.errors import EmoSelectError
 from emo_select.storage import exclusive
 from emo_select.sweeps import slurm as scheduler
 from emo_select.sweeps import store
@@ -170,6 +171,48 @@ def test_what_a_killed_submitter_left_is_found_and_done_once(make_sweep, tmp_pat
     end(control)
     assert set(by_state(control)) == {State.DONE}
     assert {len(tries) for name, tries in store.attempts(control.paths).items() if name.startswith("run")} == {1}
+
+
+def test_what_slurm_refuses_is_forgotten_and_handed_in_once_it_is_right(make_sweep):
+    refused = finished_sweep(make_sweep, 2, profile={"partition": "nowhere"})
+    with pytest.raises(EmoSelectError, match="nvalid partition"):
+        hand_in(refused)
+    assert store.arrays(refused.paths) == []
+    again = make_sweep(**refused.submission.sweep.model_dump(mode="json", exclude_unset=True, exclude={"name"}))
+    hand_in(again)
+    end(again)
+    assert set(by_state(again)) == {State.DONE}
+
+
+def test_a_run_whose_select_unit_was_cancelled_is_finished_by_one_resume(make_sweep):
+    control = make_sweep(keep_k=[4, 8], settings=QUICK)
+    [parent] = [unit for unit in control.units if unit.kind == "select"]
+    with exclusive(control.paths.unit_lock(parent.name)):  # it waits, and its children with it
+        control.submit()
+        jobs = {name: array.job for array in store.arrays(control.paths) for name in array.units}
+        wait_until(lambda: (entry := scheduler.queue().get(jobs[parent.name])) and entry.running)
+        _slurm("scancel", jobs[parent.name])
+        wait_until(lambda: jobs[parent.name] not in scheduler.queue())
+    handed_in = control.submit()
+    assert {unit.kind for unit in handed_in.values()} == {"fetch", "select", "run"}
+    assert {standing.state for standing in follow(control, 1)} == {State.DONE}
+    outcomes = Counter(attempt.outcome for unit in control.units if unit.kind == "run"
+                       for attempt in store.attempts_of(control.paths, unit.name))
+    assert outcomes == {"done": 2}
+
+
+def test_a_parent_that_is_held_keeps_its_children_waiting_and_resume_lets_it_go(make_sweep):
+    control = make_sweep(keep_k=[4, 8], settings=QUICK)
+    [parent] = [unit for unit in control.units if unit.kind == "select"]
+    with exclusive(control.paths.unit_lock(parent.name)):
+        control.submit()
+        jobs = {name: array.job for array in store.arrays(control.paths) for name in array.units}
+        wait_until(lambda: (entry := scheduler.queue().get(jobs[parent.name])) and entry.running)
+        _slurm("scontrol", "requeuehold", jobs[parent.name])
+        wait_until(lambda: State.HELD in by_state(control))
+        assert by_state(control)[State.DONE] <= 1
+    assert control.submit() == {}  # what is held goes on; nothing is handed in twice
+    assert {standing.state for standing in follow(control, 1)} == {State.DONE}
 
 
 def _log(control, job):
