@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
+from contextlib import ExitStack
 
 import pytest
 from sweep_cases import finish, finished_sweep, wait_until
@@ -242,3 +244,26 @@ def _outcome(run):
     metrics = {str(file.relative_to(run.paths.results)): json.loads(file.read_text())["metrics"] for file in files}
     assert metrics and len(record.load(run.paths).stages) == 5
     return json.loads(run.paths.selection.read_text()), metrics
+
+
+def test_a_limit_on_parallel_units_holds_after_a_resume(make_sweep):
+    control = make_sweep(methods=["random"], keep_k=[2, 4, 6, 8, 10, 12], profile={"max_parallel": 2})
+    runs = [unit for unit in control.units if unit.kind == "run"]
+
+    def at_work():
+        return [one for one, entry in scheduler.queue().items() if entry.running]
+
+    with ExitStack() as locks:
+        for unit in runs:  # whatever begins waits here
+            locks.enter_context(exclusive(control.paths.unit_lock(unit.name)))
+        control.submit()
+        wait_until(lambda: len(at_work()) == 2)
+        [array] = [array for array in store.arrays(control.paths) if array.kind == "run"]
+        subprocess.run(["scancel", f"{array.job}_4", f"{array.job}_5"], check=True)
+        wait_until(lambda: by_state(control)[State.MISSING] == 2)
+        again = control.submit()
+        assert sum(unit.kind == "run" for unit in again.values()) == 2
+        time.sleep(5)  # longer than Slurm takes to begin one
+        assert len(at_work()) == 2
+        control.cancel()
+    end(control)
