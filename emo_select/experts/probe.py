@@ -63,7 +63,8 @@ def _probe(content: str) -> Probe:
     config = text_part(json.loads(content))
     model = small_copy(config)
     family = family_of(config)
-    texts, seen = _texts(LENGTHS), _Seen(model, family)
+    seen = _Seen(model, family)
+    texts = seen.texts(LENGTHS)
     expected = [seen.run(segment.tokens) for segment in texts]
     checkpoint = ModelInMemory(model)
     names = [kind_of(layer) for layer in model.get_submodule(family.layers)]
@@ -140,6 +141,13 @@ class _Seen:
         self._text, self._router_said = _Text(0), None
 
     @torch.no_grad()
+    def texts(self, lengths: Sequence[int]) -> list[Segment]:
+        """Texts of random tokens that the model knows, the special ones at the front of many vocabularies left out."""
+        known = min(40, self._model.get_input_embeddings().num_embeddings)
+        draw = torch.Generator().manual_seed(1)
+        return [Segment(torch.randint(min(3, known - 1), known, (length,), generator=draw).numpy(), ((0, 1),))
+                for length in lengths]
+
     def run(self, ids: Any) -> _Text:
         """What it computes of a text."""
         self._text = _Text(len(self._layers))
@@ -227,7 +235,7 @@ class _Trial:
 
 def _shares_prefixes(seen: _Seen, checkpoint: ModelInMemory, kinds: Kinds) -> bool:
     """Whether texts behind one prefix can be run as tokens of one row."""
-    texts = _texts((PREFIX, *CONTINUED))
+    texts = seen.texts((PREFIX, *CONTINUED))
     prefix = replace(texts[0], weights=((0, len(CONTINUED)),))
     segments = [prefix, *(replace(text, parent=0) for text in texts[1:])]
     whole = [seen.run(prefix.tokens), *(seen.run(_joined(prefix, text)).cut(slice(PREFIX, None)) for text in texts[1:])]
@@ -249,17 +257,13 @@ def has(layer: nn.Module, name: str) -> bool:
 def _apart(found: Tensor, expected: Tensor) -> str | None:
     if found.shape != expected.shape:
         return f"shape {list(found.shape)} in place of {list(expected.shape)}"
+    found, expected = found.detach(), expected.detach()
     worst = float((found - expected).abs().max()) / max(float(expected.abs().max()), 1e-6)
     return None if worst <= TOLERANCE else f"{worst:.0e} apart"
 
 
 def _packed(batch: Batch, by_segment: Sequence[Any]) -> Tensor:
     return torch.cat([by_segment[number] for number in batch.segments])
-
-
-def _texts(lengths: Sequence[int]) -> list[Segment]:
-    draw = torch.Generator().manual_seed(1)
-    return [Segment(torch.randint(3, 40, (length,), generator=draw).numpy(), ((0, 1),)) for length in lengths]
 
 
 def _joined(a: Segment, b: Segment) -> Any:

@@ -35,8 +35,8 @@ def test_two_processes_write_what_one_writes(model: Path, tmp_path: Path) -> Non
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     tokens = [json.loads(line)["tokens"] for line in done.stdout.splitlines() if line.startswith("{")]
     evaluate_checkpoint(model, get_tasks(["demo"])[:2], tmp_path / "one", EvalOptions(limit=5, device="cpu"))
-    files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
+    files = sorted(path.name for path in (tmp_path / "one").glob("[!.]*"))
+    assert files == sorted(path.name for path in (tmp_path / "two").glob("[!.]*"))
     for name in files:
         assert metrics(tmp_path / "one" / name) == pytest.approx(metrics(tmp_path / "two" / name), abs=1e-5)
     assert len(tokens) == 2 and min(tokens) > 0.25 * sum(tokens)  # both did a share

@@ -85,7 +85,7 @@ def test_selecting_equals_the_published_files(case: dict[str, Any], checkpoint: 
     made = collect_task(checkpoint, CurveRequest(case["model"], case["keep_k"], SIZES), task, texts, tmp_path)
     own, theirs = tmp_path / case["folder"], KEEPSETS / case["folder"]
     files = sorted(path.relative_to(theirs) for path in (theirs / task).rglob("*.json"))
-    assert sorted(path.relative_to(own) for path in (own / task).rglob("*-*/*.json")) == files
+    assert sorted(path.relative_to(own) for path in (own / task).rglob("*-*/[!.]*.json")) == files
     for file in files:
         ours, golden = (json.loads((root / file).read_text()) for root in (own, theirs))
         assert list(ours) == list(golden)
