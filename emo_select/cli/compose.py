@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 def compose(
     models: Annotated[list[Path], typer.Argument(
-        metavar="RUN RUN...", help="Run directories (their last checkpoint) or checkpoints, pruned from one model.",
+        metavar="RUN", help="Run directories (their last checkpoint) or checkpoints, pruned from one model.",
         autocompletion=completion.runs)],
     model: Annotated[str, typer.Option("--model", "-m", help=f"The model that was pruned: {common.MODEL_HELP}",
                                        rich_help_panel=RUN, autocompletion=completion.models)],

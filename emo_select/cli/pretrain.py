@@ -313,5 +313,5 @@ def doctor(as_json: AsJson = False) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    app.command(rich_help_panel="Pretrain")(pretrain)
-    app.command(rich_help_panel="Pretrain")(doctor)
+    app.command(rich_help_panel="Pretraining")(pretrain)
+    app.command(rich_help_panel="Pretraining")(doctor)

@@ -44,4 +44,4 @@ def pretrain_demo(
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
-    app.command(rich_help_panel="Pretrain")(pretrain_demo)
+    app.command(rich_help_panel="Pretraining")(pretrain_demo)

@@ -55,6 +55,7 @@ class SharedPrefixLM(Answering, HFLM):
         self.decoder = GreedyDecoder(model, self._cache_budget(), PREFILL * self.token_budget, self.counters)
         model.config.get_text_config().output_router_logits = False  # of no use here, and a pruned MoE asks for them
         self.stock_reason = support.why_not(model, max_length)
+        self._padding_matters = bool(self.stock_reason) and support.padding_matters(model)
         if self.stock_reason:
             progress.say(f"Shared prefixes are not used for this model: {self.stock_reason}.")
 
@@ -94,6 +95,8 @@ class SharedPrefixLM(Answering, HFLM):
         while waiting:
             length = len(encoded[waiting[0]][1]) + len(encoded[waiting[0]][2])
             batch = waiting[: max(1, self.token_budget // min(length, self.max_length))]
+            if self._padding_matters:
+                batch = [index for index in batch if len(encoded[index][1]) + len(encoded[index][2]) == length]
             try:
                 self.batch_size_per_gpu = len(batch)
                 scores = self._loglikelihood_tokens([encoded[index] for index in batch], disable_tqdm=True)
@@ -212,7 +215,7 @@ class SharedPrefixLM(Answering, HFLM):
 
     def _stock_generations(self, requests: Sequence[Instance], options: Any) -> Iterator[tuple[int, Text]]:
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].args[0]))
-        batch = max(1, 4 * self.token_budget // self.max_length)
+        batch = 1 if self._padding_matters else max(1, 4 * self.token_budget // self.max_length)
         for start in range(0, len(order), batch):
             members = order[start : start + batch]
             self.batch_size_per_gpu = len(members)

@@ -21,6 +21,24 @@ def why_not(model: Any, max_length: int) -> str | None:
     return why_no_mask(model.config.get_text_config(), max_length) or _probe_fails(model)
 
 
+@torch.inference_mode()
+def padding_matters(model: Any) -> bool:
+    """Whether padding behind a text changes what the model says of it, as with some kinds of linear attention.
+
+    It is taken to where it cannot be tried, as with positions that end before the padded text does.
+    """
+    ids = torch.from_numpy(_probe(model.config.get_text_config().vocab_size)[0][0].tokens)[None]
+    ids = ids.to(model.get_input_embeddings().weight.device)
+    padded = torch.cat([ids, torch.zeros_like(ids)], dim=1)
+    try:
+        alone, beside = (model(input_ids=row, use_cache=False).logits[0, : ids.shape[1]].float()
+                         for row in (ids, padded))
+    except (RuntimeError, IndexError, ValueError):
+        return True
+    allowed = TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE)
+    return bool((alone - beside).abs().max() > allowed * alone.std())
+
+
 def _probe_fails(model: Any) -> str | None:
     """Score a few made-up continuations packed and one by one; both have to agree."""
     inputs, targets = _probe(model.config.get_text_config().vocab_size)
