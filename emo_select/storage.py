@@ -207,7 +207,8 @@ def staged_directory(final: Path, key: str, what: str = OUTPUT, sources: Sequenc
         discard(partial)
         write_bytes(key_file, key.encode())
     partial.mkdir(exist_ok=True)
-    yield partial
+    with at(partial):
+        yield partial
     publish(partial, final, what)
     key_file.unlink(missing_ok=True)
 
