@@ -65,7 +65,7 @@ def at(path: Path, needed: int | None = None) -> Iterator[None]:
     except OSError as fault:
         if needed is not None and not _expected.get():
             expect(needed)
-        if fault.filename is None:
+        if fault.filename is None and fault.errno is not None:  # one without a number would lose its words
             fault.filename = str(path)
         raise
 
