@@ -45,10 +45,9 @@ clients: $(VENV)/installed-dev  ## the tests that ask vLLM and others, each in a
 	$(BIN)/python tests/clients/environments.py
 	$(BIN)/pytest -m client -rs
 
-census: $(VENV)/installed-dev  ## every MoE family of transformers in all stages, and again with its newest release
-	EMO_SELECT_CENSUS=1 $(BIN)/pytest tests/census -rs
+census: $(VENV)/installed-dev  ## MoE families of the newest transformers; with EMO_SELECT_CENSUS=1 each in all stages
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps --upgrade --target build/newest 'transformers<6'
-	PYTHONPATH=build/newest $(BIN)/pytest tests/census -rs
+	PYTHONPATH=build/newest $(BIN)/pytest -n 2 tests/census -rs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

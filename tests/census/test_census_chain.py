@@ -1,6 +1,6 @@
 """What follows a first pruning, for every family: a second one, fewer experts than a token uses, training, merging.
 
-`EMO_SELECT_CENSUS=1` (`make census`) does it for all families; a few that differ most stand for them otherwise.
+`EMO_SELECT_CENSUS=1 make census` does it for all families; a few that differ most stand for them otherwise.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from emo_select.experts import collect_activations
 from emo_select.models.families import family_of
 
 REFUSED = ("doge", "jetmoe", "hy_v4", "zaya")
-FAMILIES = [name for name in moe_types() if name not in REFUSED]
+NEWER = ("inkling2_loop_text", "sarvam_mla", "sarvam_moe")  # of transformers 5.24
+READ = {*json.loads(resources.files("emo_select.models").joinpath("census.json").read_text())["families"], *NEWER}
+FAMILIES = [name for name in moe_types() if name in READ and name not in REFUSED]  # what SIGMOID and others cover
 LENGTHS, SHORT = (11, 6, 6), (4, 4, 3)  # above the windows of the tiny models, below their numbers of best keys
 
 # What the modelling file of a family makes of its router's first output; the others take the softmax of all logits.
@@ -28,7 +31,7 @@ SIGMOID = frozenset((
     "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v3", "deepseek_v32", "dots1", "dots3_note",
     "dots3_note_text", "exaone_moe", "flint", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "inkling2_text",
     "inkling_text", "kimi_linear", "kolibri1", "laguna", "lfm2_moe", "llama4", "llama4_text", "mimo_v2_flash",
-    "minimax_m2", "minimax_m3_vl_text", "nemotron_h", "solar_open"))
+    "minimax_m2", "minimax_m3_vl_text", "nemotron_h", "solar_open", *NEWER))
 SQUARE_ROOT = ("deepseek_v4",)  # of softplus
 ITSELF = ("gemma4", "gemma4_text")  # probabilities come first, not logits
 SCALED_INPUT = ("llama4", "llama4_text")  # experts get all tokens, multiplied by the router's first output
